@@ -41,7 +41,7 @@ from lightning_goldy.analysis.circuits import (
 )
 from lightning_goldy.analysis.circuits.nulls import random_circuits
 from lightning_goldy.analysis.circuits.runs import measure, wired
-from lightning_goldy.analysis.circuits.scores import by_nodes, edge_scores
+from lightning_goldy.analysis.circuits.scores import by_nodes, grouped_scores
 from lightning_goldy.data import PairTask, country_facts, indirect_object_pairs, induction_pairs
 from lightning_goldy.data.prompt_pairs import pairs_of_tasks
 
@@ -91,7 +91,7 @@ def peak(what: str, pairs: PromptPairs, batch: int) -> None:
 def score(model: Any, pairs: PromptPairs, method: Any, batch: int, steps: int = 5) -> None:
     options = CircuitOptions(batch_size=batch)
     with wired(model, pairs, options) as wiring:
-        edge_scores(wiring, pairs, options, method=method, steps=steps)
+        grouped_scores(wiring, pairs, options, method=method, steps=steps)
 
 
 def patch(model: Any, pairs: PromptPairs, batch: int) -> None:

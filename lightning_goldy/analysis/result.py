@@ -20,7 +20,7 @@ from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of, kind_of
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
-from lightning_goldy.core.store import Kind, pack_mask, unpack_mask
+from lightning_goldy.core.store import Kind, pack_mask, raw_bytes, unpack_mask
 from lightning_goldy.core.vector import ParameterVector
 
 Self = TypeVar("Self", bound="AnalysisResult")
@@ -427,7 +427,7 @@ def _encode(value: Any) -> Any:
         if value.dtype == torch.bool:
             packed, encoding = pack_mask(value)
             return {"__mask__": [encoding, list(value.shape), _encode(packed)]}
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        data = raw_bytes(value).tobytes()
         dtype = str(value.dtype).removeprefix("torch.")
         return {"__tensor__": [dtype, list(value.shape), base64.b64encode(data).decode()]}
     if isinstance(value, AnalysisResult):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_goldy.callbacks.base import AnalysisCallback
 from lightning_goldy.callbacks.engine.run_folder import run_directory
-from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far
+from lightning_goldy.callbacks.engine.store import ROWS, steps_so_far, to_each
 from lightning_goldy.core.files import require_local
 from lightning_goldy.core.naming import require_kinds
 from lightning_goldy.report.answers import answers_table, answers_text, scalar_layout, sorted_scalars
@@ -97,7 +96,7 @@ class RunReport(L.Callback):
         layout = scalar_layout(self._instances.items(), self._logged)
         if layout != self._layout:
             self._layout = layout
-            _give_each(trainer, lambda loggers: log_layout(loggers, layout), "no layout for")
+            to_each(trainer.loggers, "no layout for", lambda loggers: log_layout(loggers, layout))
 
     def write_page(self, trainer: L.Trainer) -> None:
         """Writes the page where there are rows that it does not have; on rank 0, the others have nothing to do."""
@@ -127,7 +126,7 @@ class RunReport(L.Callback):
         if not trainer.is_global_zero:
             return
         columns = sorted_scalars(self._instances.items(), self._logged)
-        _give_each(trainer, lambda loggers: log_columns(loggers, *self._params, columns), "no columns for")
+        to_each(trainer.loggers, "no columns for", lambda loggers: log_columns(loggers, *self._params, columns))
 
     def _set_beside(self, folder: Path, page: Path) -> None:
         """Writes the comparison, where one is wanted."""
@@ -146,7 +145,7 @@ class RunReport(L.Callback):
         answers = answers_of_run(run)
         text = answers_text(answers)
         step = steps_so_far(trainer)
-        _give_each(trainer, lambda loggers: log_text(loggers, "goldy/answers", text, step), "the answers are not in")
+        to_each(trainer.loggers, "the answers are not in", lambda each: log_text(each, "goldy/answers", text, step))
         show(answers_table(answers))
         print(printable(costs_in_words(run)))
 
@@ -177,14 +176,5 @@ def _declare_hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -
         ),
         "goldy/precision": str(trainer.precision),
     }
-    _give_each(trainer, lambda loggers: log_hyperparameters(loggers, told, own), "no hyperparameters for")
+    to_each(trainer.loggers, "no hyperparameters for", lambda loggers: log_hyperparameters(loggers, told, own))
     return told, own
-
-
-def _give_each(trainer: L.Trainer, log: Callable[[list[Logger]], object], failed: str) -> None:
-    """Gives every logger its own; one that raises costs its entry alone."""
-    for logger in trainer.loggers:
-        try:
-            log([logger])
-        except Exception as error:  # noqa: BLE001 - a service may raise anything
-            rank_zero_warn(f"{failed} {type(logger).__name__}: {type(error).__name__}: {error}")

@@ -34,7 +34,7 @@ from lightning_goldy.analysis.precision import with_precision
 from lightning_goldy.analysis.result import AnalysisResult, Row
 from lightning_goldy.analysis.taylor import taylor_diff
 from lightning_goldy.callbacks.engine.store import ROWS, ResultStore, peak_memory_bytes
-from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, follow_frozen, positions, read_saved
+from lightning_goldy.commands.checkpoints import FoundBase, SavedModel, find_base, load_beside, positions, read_saved
 from lightning_goldy.commands.fit import ConfiguredCallback, check_configs, run_configured
 from lightning_goldy.commands.output import PATIENCE_SECONDS, joined_ranks, output_folder, print_report
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
@@ -412,12 +412,7 @@ class CheckpointAnalysis(ConfiguredCallback):
             objective = find_objective(pl_module, model, None, probe)
             # Before the weights are loaded: the model as it is built may be the base.
             base = find_base(self.given, self.saved, pl_module, model, objective, self.space)
-            if base.values is not None:
-                # What was trained in the run may be frozen in the model as it is built.
-                for parameter in base.values.space.resolve(model).values():
-                    parameter.requires_grad_(True)
-            self.saved.load_into(pl_module, model)
-            self._notes = follow_frozen(self.saved, base, model, self.space, "goldy analyze")
+            self._notes = load_beside(base, self.saved, pl_module, model, space=self.space, who="goldy analyze")
             subject = self._subject(trainer, pl_module, model, objective, base, status.update)
             self.base_source = base.source
             self.left_out = left_out(subject, base.source)

@@ -303,6 +303,36 @@ def _as_plain(plain: BaseParameters, path: Path, model: nn.Module, space: Parame
     return FoundBase(BaseParameters(vector), str(path), "")
 
 
+def load_beside(
+    base: FoundBase,
+    saved: SavedModel,
+    pl_module: L.LightningModule,
+    model: nn.Module,
+    *,
+    space: WeightSpace,
+    who: str,
+) -> list[str]:
+    """Loads the saved weights once the base has been found, and has all that the base tells of trainable.
+
+    Args:
+        base: As the model was built.
+        saved: The checkpoint.
+        pl_module: Into which its weights go.
+        model: The part of it that is analysed.
+        space: Of a model with adapters, what is compared.
+        who: Asks, for messages.
+
+    Returns:
+        What is to be told of the base.
+    """
+    if base.values is not None:
+        # What was trained in the run may be frozen in the model as it is built.
+        for parameter in base.values.space.resolve(model).values():
+            parameter.requires_grad_(True)
+    saved.load_into(pl_module, model)
+    return follow_frozen(saved, base, model, space, who)
+
+
 def follow_frozen(saved: SavedModel, base: FoundBase, model: nn.Module, space: WeightSpace, who: str) -> list[str]:
     """Adds to the base what adapters lie on, where it moved in the run although frozen, as by ReLoRA.
 

@@ -32,7 +32,7 @@ from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.analysis.attribution.units import rows_in_words
 from lightning_goldy.callbacks.change_attribution import AttributedChange
 from lightning_goldy.callbacks.engine.store import ResultStore
-from lightning_goldy.commands.checkpoints import SavedModel, find_base, follow_frozen, read_saved
+from lightning_goldy.commands.checkpoints import SavedModel, find_base, load_beside, read_saved
 from lightning_goldy.commands.fit import ConfiguredCallback, check_configs, run_configured
 from lightning_goldy.commands.output import output_folder, print_report
 from lightning_goldy.core.architecture.adapters import WeightSpace, check_space
@@ -225,10 +225,7 @@ class _Graft(ConfiguredCallback):
             )
         if any(map(is_sharded, model.parameters())):
             raise ValueError("goldy graft works on whole models: run it in one process")
-        for parameter in base.values.space.resolve(model).values():
-            parameter.requires_grad_(True)
-        self.saved.load_into(pl_module, model)
-        for note in follow_frozen(self.saved, base, model, self.space, "goldy graft"):
+        for note in load_beside(base, self.saved, pl_module, model, space=self.space, who="goldy graft"):
             rank_zero_warn(note)
         self.base_source = base.source
         return base.values

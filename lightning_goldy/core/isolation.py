@@ -587,19 +587,11 @@ def _is_of_the_user(module: str) -> bool:
     return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 
 
-def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which nothing of a module is compiled, nor what was compiled of it is used.
+def _uncompiled(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+    """A context in which nothing of modules is compiled, nor what was compiled of them is used.
 
     Modes, shapes and derivatives of an analysis would use up the times that dynamo compiles a function anew.
-
-    Example:
-        >>> with uncompiled(nn.Linear(1, 1)):
-        ...     pass
     """
-    return _uncompiled(module.modules())
-
-
-def _uncompiled(modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in modules)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 

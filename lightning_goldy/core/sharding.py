@@ -137,11 +137,15 @@ def scatter_like(reference: Tensor, full: Tensor) -> Tensor:
     """This process's slice of a full tensor that every process holds, in the layout of ``reference``."""
     if not isinstance(reference, DTensor):
         return full.to(reference.device)
+    return like(reference, own_part(full, reference).contiguous().to(reference.to_local().device))
+
+
+def own_part(full: Tensor, reference: Tensor) -> Tensor:
+    """A view of this process's slice of a full tensor, as ``reference`` is laid out."""
     shape, offset = local_box(reference)
-    part = full
     for dimension, (length, start) in enumerate(zip(shape, offset, strict=True)):
-        part = part.narrow(dimension, min(start, part.shape[dimension]), length)
-    return like(reference, part.contiguous().to(reference.to_local().device))
+        full = full.narrow(dimension, min(start, full.shape[dimension]), length)
+    return full
 
 
 def gather(tensor: Tensor) -> Tensor:

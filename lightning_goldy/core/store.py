@@ -447,11 +447,20 @@ def fingerprint(vector: ParameterVector) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in vector.items():
-        full = gather(tensor).cpu().contiguous()
+        full = gather(tensor)
         digest.update(f"{name}\0{tuple(full.shape)}\0{full.dtype}\0".encode())
-        # NumPy knows no bfloat16; the bytes do not care.
-        digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(full))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements in their order; NumPy knows no bfloat16, but bytes do not care.
+
+    Example:
+        >>> raw_bytes(torch.tensor([1, 2], dtype=torch.int16)).tolist()
+        [1, 0, 2, 0]
+    """
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_goldy.core.naming import require_number
 from lightning_goldy.core.selection import select_largest
-from lightning_goldy.core.sharding import gather, like, local, local_box, sum_over_shards, unshard_guard
+from lightning_goldy.core.sharding import gather, like, local, local_box, own_part, sum_over_shards, unshard_guard
 from lightning_goldy.core.space import ParameterSpace, SpaceError
 
 # Elements converted to float64 at a time: on the CPU so few that they stay in its cache, elsewhere so many that a
@@ -584,13 +584,13 @@ class Ray:
         device = local(parameter).device
         if self.preconditioner is not None and self.preconditioner.whole_tensors:
             whole = fill_direction_(torch.empty(parameter.shape, dtype=torch.float32, device="cpu"), name, seed)
-            part = _box(whole, parameter).reshape(-1)
+            part = own_part(whole, parameter).reshape(-1)
             if squares is not None:
                 squares.append(_dot(part, part).to(device))
             # Every process maps, also one without a part: a preconditioner may communicate.
             mapped = self.preconditioner.apply(name, whole.to(device), 0)
             if part.numel():
-                yield 0, _box(mapped, parameter).reshape(-1)
+                yield 0, own_part(mapped, parameter).reshape(-1)
             return
         for start, drawn in direction_blocks(parameter.detach(), name, seed):
             block = drawn.to(device)
@@ -602,13 +602,6 @@ class Ray:
         """Sums over parameters and shards, column by column."""
         totals = sum_over_shards(partial, list(self._parameters.values()))
         return [math.fsum(column) for column in zip(*(total.reshape(-1).tolist() for total in totals), strict=True)]
-
-
-def _box(whole: Tensor, reference: Tensor) -> Tensor:
-    shape, offset = local_box(reference)
-    for dimension, (length, start) in enumerate(zip(shape, offset, strict=True)):
-        whole = whole.narrow(dimension, min(start, whole.shape[dimension]), length)
-    return whole
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

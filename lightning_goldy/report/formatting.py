@@ -37,18 +37,6 @@ def format_number(value: float | None) -> str:
     return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3e}"
 
 
-def format_cell(value: float) -> str:
-    """Three digits, short enough for a cell of a heat map; a number that is not finite is missing.
-
-    Example:
-        >>> [format_cell(value) for value in (0.02437, 100.0, 1234.5, 4e7, float("nan"))]
-        ['0.0244', '100', '1,234', '4e+07', '–']
-    """
-    if not math.isfinite(value):
-        return MISSING
-    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e5 else f"{value:.3g}"
-
-
 def format_percent(share: float | None) -> str:
     """A share as a percentage with three significant digits.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import lightning.pytorch as L
@@ -32,6 +32,7 @@ from torch.utils.data import (
 
 from lightning_goldy.core.batches import batch_tensors, is_divisible, map_batch, sample_count, take_samples
 from lightning_goldy.core.isolation import Kept, preserved
+from lightning_goldy.core.store import raw_bytes
 from lightning_goldy.data.base import SeededShuffle
 
 _SEED = 0
@@ -399,12 +400,6 @@ def training_source(trainer: L.Trainer, why: str) -> Source | None:
     if loop._combined_loader is None and (loop._data_source.instance is None or not loop._data_source.is_defined()):
         return None
 
-    def open_loaders() -> Any:
-        if loop._combined_loader is not None:
-            return loop._combined_loader
-        loaders = loop._data_source.dataloader()
-        return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
-
     def warning(combined: CombinedLoader) -> str:
         ends = all(map(_has_end, combined.flattened))
         taken = "last" if ends else "first, as an iterable's last ones lie behind all the others,"
@@ -416,7 +411,7 @@ def training_source(trainer: L.Trainer, why: str) -> Source | None:
     return Source(
         "the training set",
         ("training", id(loop)),
-        open_loaders,
+        partial(_opened, loop, "max_size_cycle"),
         most=_OF_TRAINING,
         backwards=True,
         warning=warning,
@@ -449,16 +444,18 @@ def validation_source(trainer: L.Trainer) -> Source:
             "LightningModule a probe_dataloader(), or the trainer a validation loader"
         )
 
-    def open_loaders() -> Any:
-        if loop._combined_loader is not None:
-            return loop._combined_loader
-        loaders = loop._data_source.dataloader()
-        return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
-
     def limits(combined: CombinedLoader) -> list[float]:
         return [_batch_limit(loader, trainer.limit_val_batches) for loader in combined.flattened]
 
-    return Source("the validation set", ("validation", id(loop)), open_loaders, limits)
+    return Source("the validation set", ("validation", id(loop)), partial(_opened, loop, "sequential"), limits)
+
+
+def _opened(loop: Any, mode: Literal["max_size_cycle", "sequential"]) -> CombinedLoader:
+    """The loaders of a loop, those that it has set up or new ones."""
+    if loop._combined_loader is not None:
+        return loop._combined_loader
+    loaders = loop._data_source.dataloader()
+    return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
 
 
 def _batch_limit(loader: Any, limit: float | None) -> float:
@@ -503,5 +500,5 @@ def fingerprint_batches(batches: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in batch_tensors(list(batches)):
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()

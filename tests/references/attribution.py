@@ -6,8 +6,9 @@ import copy
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_goldy.analysis import ChangeAttributionResult
 from lightning_goldy.core import CausalLMObjective
 from tests.references.models import build, token_batch
 
@@ -65,3 +66,19 @@ def finetuned_pair() -> tuple[nn.Module, nn.Module, dict, dict]:
     ids = pairs_of_tokens(step=1, seed=9)
     scored, held_out = ({key: value[rows] for key, value in ids.items()} for rows in (slice(16), slice(16, 32)))
     return model, base, scored, held_out
+
+
+def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
+    """What units of one kind contribute, by place.
+
+    Args:
+        result: Of :func:`change_attribution`.
+        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
+    """
+    found: dict[str, Tensor] = {}
+    for unit in result.units:
+        if unit["kind"] == kind:
+            found[unit["place"]] = (
+                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
+            )
+    return found

@@ -624,22 +624,6 @@ def rows_in_words(row: Row, tokenizer: Any) -> Row:
     return row.extended(result={"units": units})
 
 
-def units_of(result: ChangeAttributionResult, kind: str) -> dict[str, Tensor]:
-    """What units of one kind contribute, by place.
-
-    Args:
-        result: Of :func:`change_attribution`.
-        kind: ``head``, ``key_value``, ``neuron``, ``row`` or ``rest``.
-    """
-    found: dict[str, Tensor] = {}
-    for unit in result.units:
-        if unit["kind"] == kind:
-            found[unit["place"]] = (
-                torch.cat([found[unit["place"]], unit["values"]]) if unit["place"] in found else unit["values"]
-            )
-    return found
-
-
 def unit_groups(result: ChangeAttributionResult, model: nn.Module) -> tuple[UnitGroup, ...]:
     """The groups that the result's units are of, as they lie in a model of the same shapes."""
     return model_units(model, element_space(result, model))

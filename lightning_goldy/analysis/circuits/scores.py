@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,29 +30,6 @@ from lightning_goldy.core.sharding import Replicas
 Method = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "nodes", "exact"]
 
 
-def edge_scores(
-    wiring: Wiring,
-    pairs: PromptPairs,
-    options: CircuitOptions,
-    *,
-    method: Method = "eap_ig_inputs",
-    steps: int = 5,
-    progress: Progress | None = None,
-    replicas: Replicas = Replicas(),  # noqa: B008 - frozen
-) -> tuple[Tensor, Cost]:
-    """Scores of all edges, the mean over the pairs; see :func:`~lightning_goldy.analysis.circuits.find_circuits`.
-
-    Returns:
-        Shape ``[readers, writers]``, float64, 0 where there is no edge, and the passes, both of all replicas.
-
-    Raises:
-        ValueError: A score is not finite; the edge is named.
-    """
-    shared: dict[str, Any] = {"progress": progress, "replicas": replicas}
-    scores, _, cost = grouped_scores(wiring, pairs, options, method=method, steps=steps, **shared)
-    return scores, cost
-
-
 def grouped_scores(
     wiring: Wiring,
     pairs: PromptPairs,
@@ -66,8 +43,11 @@ def grouped_scores(
 ) -> tuple[Tensor, Tensor, Cost]:
     """Scores of all edges by all pairs, and by all but each of so many groups of them.
 
+    They are means over the pairs; see :func:`~lightning_goldy.analysis.circuits.find_circuits`.
+
     Returns:
-        Shapes ``[readers, writers]`` and ``[groups, readers, writers]``, float64, and the passes.
+        Shapes ``[readers, writers]`` and ``[groups, readers, writers]``, float64, 0 where there is no edge, and the
+        passes, all three of all replicas.
 
     Raises:
         ValueError: A score is not finite; the edge is named.

@@ -54,7 +54,7 @@ from lightning_goldy.core.naming import block_of, canonical_name, model_class
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.pieces import QUESTION_TEMPLATE, AnswerTokens
 from lightning_goldy.core.sharding import RankError, Replicas, gather
-from lightning_goldy.core.store import available_memory
+from lightning_goldy.core.store import available_memory, raw_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -361,10 +361,8 @@ def _hash(parts: Iterable[Any], *, size: int = 16) -> str:
     digest = hashlib.blake2b(digest_size=size)
     for part in parts:
         if isinstance(part, Tensor):
-            full = part.detach().cpu().contiguous()
-            digest.update(f"{tuple(full.shape)} {full.dtype}".encode())
-            # NumPy knows no bfloat16; the bytes do not care.
-            digest.update(full.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(f"{tuple(part.shape)} {part.dtype}".encode())
+            digest.update(raw_bytes(part))
         else:
             digest.update(part)
     return digest.hexdigest()

@@ -412,7 +412,7 @@ def log_row(
         **{f"cost/{name}": value for name, value in row["cost"].items() if whole},
     }
     tagged = {f"{prefix}/{name}": value for name, value in numbers.items()}
-    write = partial(_to_each, trainer.loggers, f"{row['name']} at step {row['step']}")
+    write = partial(to_each, trainer.loggers, f"{row['name']} at step {row['step']} is not in")
     write(lambda loggers: log_scalars(loggers, tagged, step))
     for callback in getattr(trainer, "callbacks", ()):
         if callable(hear := getattr(callback, "when_logged", None)):
@@ -457,20 +457,29 @@ def _log_figures(
         # A tag of their own: TensorBoard shows a tag in one plugin only, and hides the figure behind a scalar.
         try:
             draw = partial(log_figure, tag=f"goldy/{row['name']}/figure/{name}", figure=figure.within(_CARD), step=step)
-            _to_each(takers, f"{row['name']} at step {row['step']}", draw)
+            to_each(takers, f"{row['name']} at step {row['step']} is not in", draw)
         except RenderError as error:
             tell(name, error)
 
 
-def _to_each(loggers: Sequence[Any], what: str, write: Callable[[list[Any]], object]) -> None:
-    """Writes to one logger after the other; one that fails costs its own entry alone."""
+def to_each(loggers: Sequence[Any], failed: str, write: Callable[[list[Any]], object]) -> None:
+    """Writes to one logger after the other; one that fails costs its own entry alone.
+
+    Args:
+        loggers: Of a trainer.
+        failed: What is missing in one that fails, before its name.
+        write: Gets a list of one.
+
+    Raises:
+        RenderError: A figure cannot be drawn, which is no logger's fault.
+    """
     for logger in loggers:
         try:
             write([logger])
         except RenderError:
             raise
         except Exception as error:  # noqa: BLE001 - a service may raise anything
-            rank_zero_warn(f"{what} is not in {type(logger).__name__}: {type(error).__name__}: {error}")
+            rank_zero_warn(f"{failed} {type(logger).__name__}: {type(error).__name__}: {error}")
 
 
 class AnalysisProgress:

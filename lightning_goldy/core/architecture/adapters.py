@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -657,6 +657,19 @@ def _below(path: str, name: str) -> str:
 
 
 @contextmanager
+def _holding(entries: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Has modules hold other tensors, each of a table of parameters and a name in it, for a ``with`` block."""
+    present = [held[leaf] for held, leaf, _ in entries]
+    try:
+        for held, leaf, value in entries:
+            held[leaf] = value
+        yield
+    finally:
+        for (held, leaf, _), own in zip(entries, present, strict=True):
+            held[leaf] = own
+
+
+@contextmanager
 def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
     """Lets a layer compute as the one below its adapters with other values of that one's parameters."""
     wrapped = without_adapters(layer)
@@ -667,14 +680,9 @@ def _merged_layer(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[di
 
     def merged(*args: Any, **options: Any) -> Any:
         """Puts the values in for a pass, for FSDP2 needs its own between passes; maybe in lower precision."""
-        present = [held[leaf] for held, leaf, _ in kept]
-        try:
-            for (held, leaf, _), own, value in zip(kept, present, made.values(), strict=True):
-                held[leaf] = value.to(own.dtype)
+        own = zip(kept, made.values(), strict=True)
+        with _holding([(held, leaf, value.to(held[leaf].dtype)) for (held, leaf, _), value in own]):
             return wrapped(*args, **options)
-        finally:
-            for (held, leaf, _), own in zip(kept, present, strict=True):
-                held[leaf] = own
 
     try:
         for name, value in values.items():
@@ -738,15 +746,8 @@ def _placed_between(
 
     def mixed(*args: Any, **kwargs: Any) -> Tensor:
         now = plain(*args, **kwargs)
-        kept = [held[leaf] for held, leaf, _ in entries]
-        try:
-            for held, leaf, value in entries:
-                held[leaf] = value
-            with _as_laid_on(path, layer, laid):
-                start = plain(*args, **kwargs)
-        finally:
-            for (held, leaf, _), present in zip(entries, kept, strict=True):
-                held[leaf] = present
+        with _holding(entries), _as_laid_on(path, layer, laid):
+            start = plain(*args, **kwargs)
         # Exact at either end, and its derivative by the place is the difference, not one of two sums that cancel.
         return torch.lerp(start, now, getattr(layer, _PLACE).to(start.dtype))
 

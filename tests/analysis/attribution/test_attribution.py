@@ -15,7 +15,7 @@ from lightning_goldy.analysis.agreement import resampled
 from lightning_goldy.analysis.attribution import attribution as attribution_module
 from lightning_goldy.analysis.attribution import model_units, unit_mask
 from lightning_goldy.analysis.attribution import path as path_module
-from lightning_goldy.analysis.attribution.units import rows_in_words, units_of
+from lightning_goldy.analysis.attribution.units import rows_in_words
 from lightning_goldy.core import (
     CausalLMObjective,
     ClassifierObjective,
@@ -35,7 +35,7 @@ from lightning_goldy.report.topics.attribution import (
     places_caption,
     units_html,
 )
-from tests.references.attribution import moved, riemann_attribution
+from tests.references.attribution import moved, riemann_attribution, units_of
 from tests.references.models import FAMILIES, build, class_batch, token_batch
 
 

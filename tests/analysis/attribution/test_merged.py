@@ -19,7 +19,6 @@ from lightning_goldy.analysis import (
     save_change,
     taylor_diff,
 )
-from lightning_goldy.analysis.attribution.units import units_of
 from lightning_goldy.analysis.change import weight_change
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture.adapters import AdapterError, merged_weights
@@ -30,6 +29,7 @@ from lightning_goldy.core.sharding import local
 from lightning_goldy.core.space import SpaceError
 from lightning_goldy.core.vector import ParameterVector
 from tests.core.architecture.test_merged_adapters import move, trained, unloaded
+from tests.references.attribution import units_of
 from tests.references.models import build
 
 peft = pytest.importorskip("peft")

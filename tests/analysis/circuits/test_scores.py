@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.circuits import CircuitGraph, PromptPairs, faithfulness, find_circuits, node_effects
 from lightning_goldy.analysis.circuits.nulls import random_circuits
 from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wired
-from lightning_goldy.analysis.circuits.scores import edge_scores
+from lightning_goldy.analysis.circuits.scores import grouped_scores
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from tests.references.architecture_models import REGISTERED, UNREGISTERED, VOCABULARY, build, lora
 from tests.references.circuits import FAMILIES, in_float64, patched_by_hand, slope_by_hand
@@ -61,7 +61,7 @@ def test_patched_runs_are_those_written_by_hand(family: str):
 def test_an_edge_is_scored_by_the_slope_along_it(family: str):
     model, pairs, options = in_float64(build(family)), prompts(2), CircuitOptions()
     with wired(model, pairs, options) as wiring:
-        scores, _ = edge_scores(wiring, pairs, options, method="eap")
+        scores, _, _ = grouped_scores(wiring, pairs, options, method="eap")
         graph, draw = wiring.graph, random.Random(1)
         places = graph.edges().nonzero().tolist()
         chosen = [*draw.sample(places, 8), [graph.readers.index("output"), 2]]
@@ -110,7 +110,7 @@ def test_the_line_is_integrated_to_the_change_along_it():
     model, pairs = build("llama").double(), prompts(2)
     options = CircuitOptions(metric="probability")
     with wired(model, pairs, options) as wiring:
-        scores, cost = edge_scores(wiring, pairs, options, method="eap_ig_inputs", steps=12)
+        scores, _, cost = grouped_scores(wiring, pairs, options, method="eap_ig_inputs", steps=12)
         whole = wiring.graph.edges()
         ends, _ = measure(wiring, pairs, options, [whole, torch.zeros_like(whole)])
     # All that the input tells by any path: the edges from it, each through its readers' own slopes.
