@@ -25,7 +25,7 @@ from lightning_goldy.core.architecture.adapters import (
     laid_otherwise,
     require_merged,
 )
-from lightning_goldy.core.base import BASE_FILE, BaseParameters, read_base
+from lightning_goldy.core.base import BASE_FILE, Base, BaseParameters, base_of, read_base
 from lightning_goldy.core.files import StoreError, link_file
 from lightning_goldy.core.naming import model_class, require_kinds
 from lightning_goldy.core.sharding import Replicas
@@ -68,8 +68,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     beside the newest checkpoint.
 
     Args:
-        source: Where the base comes from: a vector file, a Hugging Face folder or a Lightning checkpoint. By default
-            the parameters as training starts.
+        source: Where the base comes from: a vector file, a Hugging Face folder, a Lightning checkpoint, or a model or
+            vector that is at hand. By default the parameters as training starts.
         every_n_steps: Run after every so many optimizer steps.
         track_updates: Whether to keep the previous values and update on the CPU (one and a half times the parameters)
             for the cosine, and in files from which a resumed run goes on.
@@ -89,7 +89,7 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
 
     def __init__(
         self,
-        source: str | Path | None = None,
+        source: Base | None = None,
         *,
         every_n_steps: int | None = 50,
         track_updates: bool = False,
@@ -182,6 +182,8 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
     def _start_values(self, trainer: L.Trainer, model: nn.Module, space: ParameterSpace) -> ParameterVector:
         if self.source is None:
             return ParameterVector.of(model, space)
+        if not isinstance(self.source, (str, Path)):
+            return base_of(self.source, model, space).vector(model)
         modules = trainer.lightning_module.named_modules()
         prefix = next((f"{name}." for name, child in modules if child is model and name), "")
         return read_base(self.source, model, space, prefix=prefix)

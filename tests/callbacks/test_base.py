@@ -21,8 +21,10 @@ from lightning_goldy.core import (
     ParameterVector,
     load_vectors,
 )
+from lightning_goldy.core.base import BaseParameters
 from tests.callbacks.training import Finetune, TokenData, fit
-from tests.references.models import token_batch
+from tests.core.test_base import write_folder, write_vector
+from tests.references.models import build, token_batch
 
 
 def rows(callback) -> list[dict]:
@@ -168,6 +170,26 @@ class Frozen(Never):
 def test_bad_input_is_an_error_before_the_first_step(tmp_path, callback, module, data, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, [callback()], module=module, data=data)
+
+
+def test_a_snapshot_takes_its_base_in_every_form(tmp_path):
+    base = build("gpt2", seed=5)
+    forms = {
+        "file": write_vector(base, tmp_path),
+        "folder": str(write_folder(base, tmp_path)),
+        "module": base,
+        "vector": ParameterVector.of(base),
+        "base": BaseParameters(ParameterVector.of(base)),
+    }
+    found = {}
+    for form, source in forms.items():
+        watcher = GoldenSnapshot(source=source, at=("end",))
+        fit(tmp_path / form, [watcher], max_epochs=1, limit_train_batches=2)
+        found[form] = rows(watcher)[-1]["metrics"]
+    assert found["file"]["delta_norm"] > 1
+    assert [form for form, metrics in found.items() if metrics != found["file"]] == []
+    with pytest.raises(TypeError, match=r"a base is a module, .*; got int"):
+        fit(tmp_path / "none", [GoldenSnapshot(source=3)], module=Never)
 
 
 class Smoothed(Never):
