@@ -239,18 +239,23 @@ class GraftCurve(AnalysisResult):
         if shown is None:
             told = f"{len(self.points)} grafts were tried"
         else:
-            part, share = self._with_interval(shown), f"{shown.share:.2g} of the elements"
+            part, share = self._with_interval(shown), share_of_elements(shown.share)
             told = f"{share} recover {part} of the effect on held-out samples"
             told = told if enough else f"of the shares tried {share} recover most, {part} of the effect"
             told += self._beside(shown)
         if self.weak:
             told = f"{told}; WEAK: {self.weak}"
-        elif best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
-            told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
+        elif best is not None and (rough := self.roughness(best)):
+            told = f"{told}; WEAK: {rough}"
         if self.base_collateral is None:
             return f"{told}; harm to other text was not measured"
         methods = sorted({point.method for point in self.frontier} - {"finetune"})
         return f"{told}; in gain against harm the frontier has {', '.join(methods) or 'the finetune alone'}"
+
+    def roughness(self, point: GraftPoint) -> str:
+        """Why the interval of a point tells nothing of what it recovers, for its width; nothing where it does."""
+        wide = (point.high or 0.0) - (point.low or 0.0) > _UNCERTAIN
+        return f"{self.n_held_out} held-out samples tell the effect too roughly" if wide else ""
 
     def _beside(self, point: GraftPoint) -> str:
         """What as many random elements and the largest changes recover, and whether the chosen ones do better."""
@@ -266,6 +271,16 @@ class GraftCurve(AnalysisResult):
         if point.low is None:
             return f"{percentage(point.recovered)} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
         return f"{percentage(point.recovered)} [{percentage(point.low)}, {percentage(point.high)}]"
+
+
+def share_of_elements(share: float, digits: int = 2) -> str:
+    """How many of the elements a graft has, in words.
+
+    Example:
+        >>> share_of_elements(0.1), share_of_elements(1.0)
+        ('0.1 of the elements', 'all elements')
+    """
+    return "all elements" if share == 1 else f"{share:.{digits}g} of the elements"
 
 
 def _band(point: GraftPoint) -> str:
