@@ -339,7 +339,8 @@ def graft_curve(
             one after the other the block that recovers most of the effect on the samples that score, as the model
             itself says, of those that fit into the largest share; a step tries 12 at most, those that contribute most.
         shares: Shares of all elements; the attribution's by default.
-        baselines: What stands beside it; those of elements only where elements are grafted.
+        baselines: What stands beside it; those of elements only where elements are grafted. Of random elements as many
+            as each graft of whole pieces has.
         factors: The a of interpolation.
         masks: Further masks to graft, one or several by the name of their method, such as golden ones.
         learn: How masks are learned.
@@ -391,6 +392,9 @@ def graft_curve(
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
         batches = list(batches)
         plan = [*grafts.chosen(pieces), *(grafts.greedy(batches) if pieces == "blocks" else ())]
+        if pieces != "elements":
+            # Whole pieces are seldom as many elements as a share, and are compared with as many random ones.
+            grafts.sizes = tuple(sorted({share for _, share, _, _ in plan}))
         plan += grafts.baselines(baselines, factors, batches, pieces)
         plan += grafts.of_masks(masks or {})
         if "learned" in baselines:
@@ -477,7 +481,7 @@ class _Grafts:
         seed: int,
     ) -> None:
         self.path, self.attribution, self.objective, self.metric = path, attribution, objective, metric
-        self.shares, self.seed = shares, seed
+        self.shares, self.sizes, self.seed = shares, shares, seed
 
     def chosen(self, pieces: Pieces) -> list[Planned]:
         """Those that the attribution chooses."""
@@ -519,7 +523,7 @@ class _Grafts:
                 found += [(name, 1.0, factor, self._interpolate(factor)) for factor in factors]
             elif name != "learned" and (pieces == "elements" or name in ("random", "drop_and_rescale")):
                 levels = self._levels(name, batches)
-                for place, share in enumerate(self.shares):
+                for place, share in enumerate(self.sizes):
                     factor = 1 / share if name == "drop_and_rescale" else 1.0
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
@@ -530,9 +534,9 @@ class _Grafts:
         for point in points:
             point["draws"] = (point["recovered"],)
         for seed in range(self.seed + 1, self.seed + n_draws):
-            levels = unread_levels(self.path, "random", self.shares, seed) if points else {}
+            levels = unread_levels(self.path, "random", self.sizes, seed) if points else {}
             for point in points:
-                self._keep_levels(levels, self.shares.index(point["share"]), 1.0)()
+                self._keep_levels(levels, self.sizes.index(point["share"]), 1.0)()
                 point["draws"] += (bench.recovered(),)
 
     def of_masks(self, masks: Mapping[str, ParameterVector | Sequence[ParameterVector]]) -> list[Planned]:
@@ -557,7 +561,7 @@ class _Grafts:
         if name == "gradient":
             with torch.enable_grad():
                 return attribute_first_order(self.path, batches, self.objective, self.metric, self.shares)
-        return unread_levels(self.path, name, self.shares, self.seed)
+        return unread_levels(self.path, name, self.sizes, self.seed)
 
     def _keep(self, mask: ParameterMask) -> Callable[[], None]:
         return self._keep_levels({name: (~flags).to(torch.uint8) for name, flags in mask.items()}, 0, 1.0)
