@@ -133,10 +133,12 @@ def test_what_has_no_merged_weights_is_refused_and_errors_leave_no_trace() -> No
     assert math.isfinite(change_attribution(model, base, [ids(1)], nodes=1).total)
 
 
-def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are(use_dora: bool) -> None:
     plain = build("llama").double().eval()
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=targets)).double().eval()
+    config = peft.LoraConfig(r=2, target_modules=targets, use_dora=use_dora)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).double().eval()
     base = BaseParameters(ParameterVector.of(model))
     move(model)
     options = {"nodes": 2, "shares": [0.1]}
