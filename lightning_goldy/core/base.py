@@ -99,7 +99,7 @@ class BaseParameters:
 
 
 # Where PEFT saves adapters, and of what they lie on at most the embeddings.
-_ADAPTERS = "adapter_model.safetensors"
+ADAPTERS_FILE = "adapter_model.safetensors"
 
 Base: TypeAlias = nn.Module | ParameterVector | BaseParameters | str | Path
 """What a base may be given as; see :func:`base_of`."""
@@ -424,7 +424,7 @@ def _tied_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn
     """
     head = transformers_model(model)
     for file in files:
-        if file.name == _ADAPTERS or _is_vector_file(file) or _says_untied(file.parent / "config.json"):
+        if file.name == ADAPTERS_FILE or _is_vector_file(file) or _says_untied(file.parent / "config.json"):
             return {}
     pairs: list[tuple[Any, Any]] = []
     if head is not None:
@@ -454,7 +454,7 @@ def _adapter_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model:
     Raises:
         StoreError: The adapter was scaled otherwise than the model's, so that its values mean another change.
     """
-    file = next((file for file in files if file.name == _ADAPTERS), None)
+    file = next((file for file in files if file.name == ADAPTERS_FILE), None)
     held = [getattr(module, "peft_config", None) for module in model.modules()] if file is not None else []
     configs = next((config for config in held if isinstance(config, Mapping) and config), None)
     if file is None or configs is None:

@@ -280,7 +280,8 @@ def test_best_takes_the_gradient_where_no_other_harms_less():
     def point(method, recovered, harm):
         return vars(GraftPoint(method, 0.1, 1.0, 1.0, recovered, 0.0, 1.0, harm))
 
-    points = (point("attribution", 0.5, 0.2), point("gradient", 0.6, 0.1), point("finetune", 1.0, 0.5))
+    others = [point(method, 0.5, 0.2) for method in BEST if method not in ("gradient", "finetune")]
+    points = (*others, point("gradient", 0.6, 0.1), point("finetune", 1.0, 0.5))
     curve = GraftCurve(points, "loss", "elements", 2.0, 1.0, 3.0, 8, 8)
     assert Wanted(recover=0.4).of(curve).method == Wanted(harm=0.3, sparse=True).of(curve).method == "gradient"
 
@@ -341,3 +342,24 @@ def test_frozen_parameters_that_differ_in_the_base_given_are_told(trained):
     assert "\n" not in told
     own = find_base(trained / "finetune", saved, module, module.model, CausalLMObjective())
     assert follow_frozen(saved, own, module.model, "merged", "goldy graft") == []
+
+
+@pytest.mark.filterwarnings("ignore:the base differs from PeftModel", "ignore:.*the base differs from PeftModel")
+def test_a_folder_of_adapters_leaves_what_they_lie_on_where_the_base_has_it_otherwise(trained, tmp_path, capsys):
+    pytest.importorskip("peft")
+    config = yaml.safe_load((trained / "run.yaml").read_text())
+    config["model"]["init_args"]["lora"] = {"rank": 2, "target_modules": ["c_attn"]}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    module = GoldyModule(str(trained / "base"), lora=config["model"]["init_args"]["lora"])
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    module.model.save_pretrained(tmp_path / "adapters")
+    words = ["graft", str(tmp_path / "adapters"), "--config", str(tmp_path / "lora.yaml"), "--n-samples", "8"]
+    words += ["--keep", "0.5", "--base", str(trained / "finetune"), "--output", str(tmp_path / "out")]
+    assert main(words) == 0, capsys.readouterr().err
+    merged = module.model.merge_and_unload().state_dict()
+    mask = ParameterMask.load(tmp_path / "out" / "mask.safetensors")
+    base, made = weights(trained / "finetune"), weights(tmp_path / "out" / "model")
+    for name, flags in mask.items():
+        torch.testing.assert_close(made[name], torch.where(flags, merged[name], base[name]))
