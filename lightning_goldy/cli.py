@@ -343,10 +343,11 @@ def _add_graft(parser: argparse.ArgumentParser) -> None:
     _add_choice(
         parser,
         "--method",
-        ("best", "attribution", "interpolation", "learned", "magnitude", "random", "drop_and_rescale"),
-        "attribution: the strongest elements; learned: elements found by gradients of the graft itself; interpolation: "
-        "a part of the change everywhere; magnitude: what changed most; random, drop_and_rescale: random elements, as "
-        "they are or scaled up; best: whichever of all but learned has least harm (with --keep: attribution)",
+        ("best", "attribution", "gradient", "interpolation", "learned", "magnitude", "random", "drop_and_rescale"),
+        "attribution: the strongest elements; gradient: those by the gradient at the base; learned: elements found by "
+        "gradients of the graft itself; interpolation: a part of the change everywhere; magnitude: what changed most; "
+        "random, drop_and_rescale: random elements, as they are or scaled up; best: whichever of all but learned has "
+        "least harm (with --keep: attribution)",
     )
     parser.add_argument("--sparse", action="store_true", help="write the change alone, as elements and values")
     parser.add_argument("--n-samples", type=int, default=32, help="of the probe, half held out (default: %(default)s)")

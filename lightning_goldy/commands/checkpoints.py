@@ -18,7 +18,15 @@ from lightning_goldy.analysis.heads import load_gates
 from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen, Weights
 from lightning_goldy.core.architecture import HeadGates
 from lightning_goldy.core.architecture.adapters import WeightSpace, changes_in, plain_below
-from lightning_goldy.core.base import BASE_FILE, BaseParameters, base_files, frozen_apart, read_base, read_checkpoint
+from lightning_goldy.core.base import (
+    ADAPTERS_FILE,
+    BASE_FILE,
+    BaseParameters,
+    base_files,
+    frozen_apart,
+    read_base,
+    read_checkpoint,
+)
 from lightning_goldy.core.files import StoreError, parents_of
 from lightning_goldy.core.objective import CausalLMObjective, MaskedLMObjective, Objective, Seq2SeqObjective
 from lightning_goldy.core.sharding import is_sharded, local, scatter_like
@@ -48,13 +56,17 @@ class SavedModel:
 
         Args:
             pl_module: Takes a checkpoint's state.
-            model: Takes a folder's weights; frozen parameters stay as they are.
+            model: Takes a folder's weights; frozen parameters stay as they are, and so does what adapters lie on where
+                the folder has adapters alone.
 
         Raises:
             StoreError: It does not fit the module.
         """
         if self.path.is_dir():
             space = ParameterSpace.of(model)
+            if (self.path / ADAPTERS_FILE).is_file():
+                # What adapters lie on is not saved with them, and compared where the base has it otherwise.
+                space = space.subspace(name for name in space if ".base_layer." not in name)
             values = read_base(self.path, model, space)
             with torch.no_grad():
                 for name, parameter in space.resolve(model).items():

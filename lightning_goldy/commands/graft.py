@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_goldy.analysis.attribution import (
+    ChangeAttributionResult,
     GraftCurve,
     GraftPoint,
     baseline_mask,
@@ -28,6 +29,7 @@ from lightning_goldy.analysis.attribution import (
     save_change,
 )
 from lightning_goldy.analysis.attribution.attribution import SHARES, check_attribution
+from lightning_goldy.analysis.attribution.graft import share_of_elements
 from lightning_goldy.analysis.attribution.learned import learn_mask
 from lightning_goldy.analysis.attribution.units import rows_in_words
 from lightning_goldy.callbacks.change_attribution import AttributedChange
@@ -48,10 +50,20 @@ from lightning_goldy.report.formatting import console_table, format_number, form
 from lightning_goldy.training.models import write_pretrained
 from lightning_goldy.training.subject import find_collateral, find_model, find_objective, find_probe, find_tokenizer
 
-Method = Literal["best", "attribution", "interpolation", "learned", "magnitude", "random", "drop_and_rescale"]
+Method = Literal[
+    "best", "attribution", "gradient", "interpolation", "learned", "magnitude", "random", "drop_and_rescale"
+]
 # What `best` chooses from, and of it what keeps values as they are and so can be written sparse.
-BEST = ("attribution", "magnitude", "random", "interpolation", "drop_and_rescale", "finetune")
-SPARSE = ("attribution", "magnitude", "random")
+SPARSE = ("attribution", "gradient", "magnitude", "random")
+BEST = (*SPARSE, "interpolation", "drop_and_rescale", "finetune")
+_KEPT = {
+    "attribution": "those that carry the effect by change attribution",
+    "gradient": "those that carry it by their gradient at the base",
+    "learned": "those of a mask that was learned",
+    "magnitude": "those that changed most",
+    "random": "drawn at random",
+    "drop_and_rescale": "drawn at random, times {factor:g}",
+}
 MODEL, CHANGE, MASK = "model", "change.safetensors", "mask.safetensors"
 
 
@@ -63,10 +75,11 @@ class Wanted:
         keep: Share of the elements that keep their change, a fraction.
         recover: Share of the effect that is to be recovered on held-out samples, a fraction, with the least harm.
         harm: Nats of loss on other text that are allowed, for the most effect.
-        method: ``attribution`` keeps the strongest elements, ``learned`` those of a mask that is learned,
-            ``magnitude`` those that changed most, ``random`` any, ``drop_and_rescale`` any times the inverse of their
-            share, ``interpolation`` a part of the change everywhere. ``best`` takes the one of these, but for
-            ``learned``, that serves best; of a share to ``keep``, ``attribution``.
+        method: ``attribution`` keeps the strongest elements, ``gradient`` those of the first order at the base,
+            ``learned`` those of a mask that is learned, ``magnitude`` those that changed most, ``random`` any,
+            ``drop_and_rescale`` any times the inverse of their share, ``interpolation`` a part of the change
+            everywhere. ``best`` takes the one of these, but for ``learned``, that serves best; of a share to ``keep``,
+            ``attribution``.
         sparse: Whether the change is written as a mask with values, rather than as a model.
 
     Raises:
@@ -170,6 +183,7 @@ class _Graft(ConfiguredCallback):
     folder: Path
     space: WeightSpace = "merged"
     learned: list[ParameterMask] = field(default_factory=list, init=False)
+    first_order: Callable[..., ChangeAttributionResult] | None = field(default=None, init=False)
     again: GraftCurve | None = field(default=None, init=False)
     found: AttributedChange | None = field(default=None, init=False)
     point: GraftPoint | None = field(default=None, init=False)
@@ -192,8 +206,9 @@ class _Graft(ConfiguredCallback):
                 status.update(f"{done} of {total}")
 
             learns = self.wanted.method == "learned"
-            options: dict[str, Any] = {"space": self.space, "shares": shares, "keep_scores": learns, "progress": tell}
-            attribution = change_attribution(model, base, scored, objective, **options)
+            attribute = partial(change_attribution, model, base, scored, objective, space=self.space, progress=tell)
+            attribution = attribute(shares=shares, keep_scores=learns)
+            self.first_order = partial(attribute, nodes="base")
             if attribution.levels is None:
                 raise ValueError(f"{self.saved.path}: nothing differs from the base ({self.base_source})")
             self._require_an_element(sum(attribution.numels))
@@ -239,11 +254,11 @@ class _Graft(ConfiguredCallback):
         """Options of a curve that has this graft, and as many random and largest elements beside it."""
         if point.method in ("interpolation", "finetune"):
             return {"shares": shares[:1], "baselines": ["interpolation"], "factors": [point.factor]}
-        others = ["magnitude", "random", *(["drop_and_rescale"] if point.method == "drop_and_rescale" else [])]
+        own = [point.method] if point.method in ("gradient", "drop_and_rescale") else []
         masks = {"learned": [held for held in self.learned if held.density == point.share]}
         return {
             "shares": [point.share],
-            "baselines": others,
+            "baselines": ["magnitude", "random", *own],
             "masks": masks if point.method == "learned" else None,
         }
 
@@ -259,8 +274,8 @@ class _Graft(ConfiguredCallback):
 
     def _doubts(self) -> list[str]:
         """Why the intervals that are told are none."""
-        curve = self.reported[1]
-        return [doubt for doubt in (curve.weak, curve.harm_weak) if doubt]
+        point, curve = self.reported
+        return [doubt for doubt in (curve.weak or curve.roughness(point), curve.harm_weak) if doubt]
 
     def _source(self) -> str:
         """Which samples tell what the graft recovers."""
@@ -336,6 +351,9 @@ class _Graft(ConfiguredCallback):
             return attribution.mask(point.share)
         if point.method == "learned":
             return next(held for held in self.learned if held.density == point.share)
+        if point.method == "gradient":
+            assert self.first_order is not None
+            return self.first_order(shares=[point.share]).mask(point.share)
         if point.method in ("magnitude", "random", "drop_and_rescale"):
             return baseline_mask(model, base, attribution, point.method, point.share)
         assert attribution.levels is not None
@@ -365,23 +383,21 @@ class _Graft(ConfiguredCallback):
 
     def _card(self, point: GraftPoint, curve: GraftCurve) -> str:
         """What was kept, what it recovers and what is lost, in words."""
-        kept = {
-            "attribution": f"{point.share:.3g} of the elements, those that carry the effect by change attribution",
-            "learned": f"{point.share:.3g} of the elements, those of a mask that was learned",
-            "magnitude": f"{point.share:.3g} of the elements, those that changed most",
-            "random": f"{point.share:.3g} of the elements, drawn at random",
-            "drop_and_rescale": f"{point.share:.3g} of the elements, drawn at random, times {point.factor:g}",
-        }.get(point.method, f"{point.factor:g} times the change, everywhere")
+        told = _KEPT.get(point.method, "").format(factor=point.factor)
+        size = share_of_elements(point.share, digits=3)
+        kept = f"{size}, {told}" if told else f"{point.factor:g} times the change, everywhere"
         harm, recovered = "was not measured: the data has no collateral text", "nothing: the finetune changed nothing"
         if point.harm is not None:
             whole = curve.of("finetune")[0].harm
             interval = _interval(point.harm_low, point.harm_high, "{:+.4g}".format)
             harm = f"{point.harm:+.4g} nats of loss{interval} against the base; the whole finetune has {whole:+.4g}"
         others = "".join(
-            f"; {told} {percentage(other.recovered, 1)}"
-            for name, told in (("random", "as many random ones"), ("magnitude", "those that changed most"))
+            f"; {named} {percentage(other.recovered, 1)}"
+            for name, named in (("random", "as many random ones"), ("magnitude", "those that changed most"))
             for other in curve.of(name)
-            if point.method in ("attribution", "learned") and other.recovered is not None and _same_share(other, point)
+            if point.method in ("attribution", "gradient", "learned")
+            and other.recovered is not None
+            and _same_share(other, point)
         )
         if point.recovered is not None:
             interval = _interval(point.low, point.high, partial(percentage, digits=1))
@@ -395,6 +411,7 @@ class _Graft(ConfiguredCallback):
             wish = f"at least {percentage(self.wanted.recover or 0, 1)} of the effect"
             wish = wish if self.wanted.harm is None else f"a harm of at most {self.wanted.harm:g} nats"
             chosen = percentage(self.point.recovered or 0, 1)
+            chosen += "" if self.point.harm is None else f", its harm {self.point.harm:+.4g} nats"
             asked = f"- asked for: {wish}; where it was chosen it recovered {chosen}\n"
         return (
             "# A grafted finetune\n\n"

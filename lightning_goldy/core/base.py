@@ -98,6 +98,9 @@ class BaseParameters:
         return like(parameter.detach(), self._parts[name].to(local(parameter).device))
 
 
+# Where PEFT saves adapters, and of what they lie on at most the embeddings.
+ADAPTERS_FILE = "adapter_model.safetensors"
+
 Base: TypeAlias = nn.Module | ParameterVector | BaseParameters | str | Path
 """What a base may be given as; see :func:`base_of`."""
 
@@ -214,7 +217,7 @@ def plain_base(
     # What a plain model ties it may have under the name of either.
     tied = {id(parameter): held[name] for name, parameter in every.items() if name in held}
     held |= {name: tied[id(value)] for name, value in own.items() if name not in held and id(value) in tied}
-    if not below or not all(name in held for name in below):
+    if not any(name in held for name in below):
         return None
     if (more := _further_blocks(given, model)) is not None:
         raise SpaceError(f"the base is of another model: {more}")
@@ -310,13 +313,15 @@ def _frozen_apart(base: Mapping[str, Tensor], model: nn.Module, space: Parameter
         # Codes of a quantised form mean nothing beside values.
         and _is_plain_float(base[name])
         and _is_plain_float(own)
-        and not _same(base[name], own)
+        and (base[name].shape != own.shape or not _same(base[name], own))
     ]
     if not moved:
         return None
     more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+    shape, now = base[moved[0]].shape, known_parameters(model)[moved[0]].shape
+    sizes = "" if shape == now else f" (shape {tuple(shape)} there, {tuple(now)} now)"
     return (
-        f"the base differs from {type(model).__name__} in {moved[0]!r}{more}, which require no gradient: such "
+        f"the base differs from {type(model).__name__} in {moved[0]!r}{sizes}{more}, which require no gradient: such "
         "parameters stay as they are now, at the base too"
     )
 
@@ -408,6 +413,7 @@ def _read_tensors(path: Path, model: nn.Module, space: ParameterSpace, prefix: s
         for file in files:
             tensors = {**_read_safetensors(file), **tensors}
         tensors |= _tied_values(tensors, files, model)
+        tensors |= _adapter_values(tensors, files, model)
     if (more := _further_blocks(tensors, model)) is not None:
         raise StoreError(f"{path}: the base is of another model: {more}")
     if (untied := _held_apart(tensors, model, space)) is not None:
@@ -425,7 +431,7 @@ def _tied_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn
     """
     head = transformers_model(model)
     for file in files:
-        if _is_vector_file(file) or _says_untied(file.parent / "config.json"):
+        if file.name == ADAPTERS_FILE or _is_vector_file(file) or _says_untied(file.parent / "config.json"):
             return {}
     pairs: list[tuple[Any, Any]] = []
     if head is not None:
@@ -444,15 +450,57 @@ def _tied_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn
     return found
 
 
+def _adapter_values(tensors: Mapping[str, Tensor], files: Iterable[Path], model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT has saved of an adapter, without the adapter's name, under the names that a model has.
+
+    Args:
+        tensors: Those that the files hold, by canonical name.
+        files: Where they come from; an ``adapter_config.json`` beside them says how the adapter is laid on.
+        model: With adapters; the one is meant that is called as the folder is, or else ``default``, or the only one.
+
+    Raises:
+        StoreError: The adapter was scaled otherwise than the model's, so that its values mean another change.
+    """
+    file = next((file for file in files if file.name == ADAPTERS_FILE), None)
+    held = [getattr(module, "peft_config", None) for module in model.modules()] if file is not None else []
+    configs = next((config for config in held if isinstance(config, Mapping) and config), None)
+    if file is None or configs is None:
+        return {}
+    usual = (name for name in (file.parent.name, "default") if name in configs)
+    adapter = next(usual, next(iter(configs)) if len(configs) == 1 else None)
+    if adapter is None:
+        return {}
+    told = _told_by(file.with_name("adapter_config.json"))
+    for key in ("lora_alpha", "use_rslora", "use_dora"):
+        own = getattr(configs[adapter], key, None)
+        if key in told and own is not None and told[key] != own:
+            raise StoreError(f"{file.parent}: its adapter has {key}={told[key]}, that of {type(model).__name__} {own}")
+    found = {}
+    for name in _every_name(model):
+        saved = [part for part in name.split(".") if part not in (adapter, "modules_to_save")]
+        # DoRA's magnitudes are saved without the name of their only parameter.
+        choices = (".".join(saved), ".".join(saved[:-1]))
+        value = next((tensors[choice] for choice in choices if choice in tensors), None)
+        if value is not None and adapter in name.split("."):
+            found[name] = value
+    return found
+
+
 def _says_untied(config: Path) -> bool:
     """Whether a model's configuration says that no embeddings are tied; one that is absent or broken says nothing."""
+    told = _told_by(config)
+    parts = [told, told.get("text_config")]
+    said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+    return bool(said) and not any(said)
+
+
+def _told_by(config: Path) -> dict[str, Any]:
+    """What a configuration says; one that is absent or broken says nothing."""
     try:
         told = parse_json(config.read_text(), constants="float") if config.is_file() else {}
     except ValueError:
         told = {}
-    parts = [told, told.get("text_config")] if isinstance(told, dict) else []
-    said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
-    return bool(said) and not any(said)
+    return told if isinstance(told, dict) else {}
 
 
 def _is_vector_file(file: Path) -> bool:

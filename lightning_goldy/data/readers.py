@@ -6,8 +6,9 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +34,14 @@ from lightning_goldy.data.formats import (
 from lightning_goldy.data.relations import load_countries
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-_DATASETS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+# Of these `datasets` reads the columns; of the others here the records are read.
+_DATASETS = {".parquet": "parquet", ".arrow": "arrow"}
+_KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _MARKERS = ("dataset_dict.json", "state.json")
 
@@ -45,7 +53,7 @@ def check_source(source: str | Path) -> None:
         FileNotFoundError: It is no file or folder and cannot be a dataset's name either.
     """
     path = Path(source).expanduser()
-    looks_like_path = path.is_absolute() or path.suffix.lower() in (*TEXT_SUFFIXES, *_DATASETS)
+    looks_like_path = path.is_absolute() or path.suffix.lower() in (*TEXT_SUFFIXES, *_KINDS)
     if not path.exists() and (looks_like_path or not is_dataset_name(str(source))):
         raise FileNotFoundError(
             f"{str(source)!r} does not exist (looked in {Path.cwd()}). A text source is a file, a folder of"
@@ -69,7 +77,8 @@ def read_documents(source: str | Path) -> list[str]:
 
     Args:
         source: A text file (one document); a file of JSON, JSON lines or a table (one document per record, its field
-            ``text``); a folder (one document per text file, in the order of their paths); a folder that ``datasets``
+            ``text``); a folder (one document per text file, in the order of their paths, or per record of its
+            tables, where it has no text files); a folder that ``datasets``
             saved or can load, or a name on the hub, optionally with a configuration (``name:config``): one document per
             row of the ``text`` column of its ``train`` split.
 
@@ -85,14 +94,13 @@ def read_documents(source: str | Path) -> list[str]:
     if holds_records(path):
         texts: Iterable[str] = _record_texts(path)
     elif path.is_file() and path.suffix.lower() in _DATASETS:
-        kind = _DATASETS[path.suffix.lower()]
-        texts = _rows(datasets_library().load_dataset(kind, data_files=[str(path)], split="train"), path)
+        texts = _table_texts([path])
     elif path.is_file():
         texts = [read_text(path, newline="")]
     elif not path.is_dir():
         texts = _rows(load_from_hub(str(source), "train", "a file or folder"), source)
     elif is_saved_dataset(path):
-        texts = _rows(datasets_library().load_from_disk(str(path)), source)
+        texts = _rows(_loaded(datasets_library().load_from_disk, str(path), source), source)
     else:
         texts = _read_folder(path)
     documents = [text for text in texts if text]
@@ -102,20 +110,28 @@ def read_documents(source: str | Path) -> list[str]:
 
 
 def _record_texts(path: Path) -> Iterator[str]:
-    """The field ``text`` of each record of a file."""
-    for entry in _file_rows(path, None).entries:
-        if isinstance(entry, RecordError):
-            raise entry
-        if "text" not in entry.row:
-            raise PlainError(
-                f"{entry.source}, {entry.label}: has no field 'text'. It has: {', '.join(map(str, entry.row))}. "
-                "Questions and answers are read by KnowledgeDataModule, and a file as it stands where it ends in "
-                f"{', '.join(TEXT_SUFFIXES)}"
-            )
-        text = entry.row["text"]
-        if not isinstance(text, str | None):
-            raise entry.malformed("text", "text", text)
-        yield text or ""
+    """The field ``text`` of each record of a file; a cell of a table may be as long as a document."""
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, path.stat().st_size))
+    try:
+        yield from map(_record_text, _file_rows(path, None).entries)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _record_text(entry: Entry) -> str:
+    if isinstance(entry, RecordError):
+        raise entry
+    if "text" not in entry.row:
+        raise PlainError(
+            f"{entry.source}, {entry.label}: has no field 'text'. It has: {', '.join(map(str, entry.row))}. "
+            "Questions and answers are read by KnowledgeDataModule, and a file as it stands where it ends in "
+            f"{', '.join(TEXT_SUFFIXES)}"
+        )
+    text = entry.row["text"]
+    if not isinstance(text, str | None):
+        raise entry.malformed("text", "text", text)
+    return text or ""
 
 
 def _read_folder(folder: Path) -> Iterable[str]:
@@ -123,14 +139,30 @@ def _read_folder(folder: Path) -> Iterable[str]:
     texts = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
     if texts:
         return [read_text(file, newline="") for file in texts]
-    kinds = sorted({_DATASETS[file.suffix.lower()] for file in files if file.suffix.lower() in _DATASETS})
+    tables = [file for file in files if file.suffix.lower() in _KINDS]
+    kinds = sorted({_KINDS[file.suffix.lower()] for file in tables})
     if len(kinds) != 1:
         raise PlainError(
             f"the folder {str(folder)!r} holds neither text files ({', '.join(TEXT_SUFFIXES)}) nor tables of one kind"
-            f" ({', '.join(_DATASETS)})" + (f" but {' and '.join(kinds)}" if kinds else "")
+            f" ({', '.join(_KINDS)})" + (f" but {' and '.join(kinds)}" if kinds else "")
         )
-    tables = [str(file) for file in files if _DATASETS.get(file.suffix.lower()) == kinds[0]]
-    return _rows(datasets_library().load_dataset(kinds[0], data_files=tables, split="train"), folder)
+    return _table_texts(tables) if kinds[0] in _DATASETS.values() else chain.from_iterable(map(_record_texts, tables))
+
+
+def _table_texts(paths: Iterable[Path]) -> Iterator[str]:
+    """The column ``text`` of files of which ``datasets`` reads the columns, file by file."""
+    for path in paths:
+        load = partial(datasets_library().load_dataset, data_files=[str(path)], split="train")
+        yield from _rows(_loaded(load, _DATASETS[path.suffix.lower()], path), path)
+
+
+def _loaded(load: Callable[[str], Any], name: str, source: str | Path) -> Any:
+    """What ``datasets`` loads; its own errors do not tell of which file they are."""
+    try:
+        return load(name)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise PlainError(f"{str(source)!r} cannot be read as a dataset: {cause}") from error
 
 
 def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
@@ -140,7 +172,10 @@ def _rows(dataset: Any, source: str | Path) -> Iterable[str]:
         dataset = dataset["train"]
     if "text" not in dataset.column_names:
         raise PlainError(f"the dataset {str(source)!r} has no column 'text'. It has: {', '.join(dataset.column_names)}")
-    return [text or "" for text in dataset["text"]]
+    for row, text in enumerate(dataset["text"]):
+        if not isinstance(text, str | None):
+            raise PlainError(f"{str(source)!r}, row {row}, column 'text': expected text; found {shown(text)}")
+        yield text or ""
 
 
 def read_text(path: Path, *, newline: str | None = None) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis import apply_change, change_attribution, save_change
-from lightning_goldy.analysis.attribution import graft
+from lightning_goldy.analysis.attribution import GraftCurve, GraftPoint, graft
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import BEST, Wanted, _fraction, _unadapted, _untie, graft_checkpoint
@@ -245,11 +246,55 @@ def test_what_changed_most_is_grafted_where_that_serves_best(trained, capsys):
     fitting = [
         point
         for point in summary["points"]
-        if point["method"] in ("attribution", "magnitude", "random") and point["recovered"] >= 0.4
+        if point["method"] in ("attribution", "gradient", "magnitude", "random") and point["recovered"] >= 0.4
     ]
     assert summary["taken"]["harm"] == min(point["harm"] for point in fitting)
     taken, reported = summary["taken"], summary["reported"]
     assert (reported["method"], reported["share"]) == (taken["method"], taken["share"])
+
+
+@pytest.mark.parametrize("sparse", [(), ("--sparse",)])
+def test_elements_by_the_gradient_at_the_base_are_grafted(trained, capsys, sparse):
+    folder = trained / f"gradient{len(sparse)}"
+    assert run(trained, "--recover", "0.1", "--method", "gradient", *sparse, output=folder.name) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["taken"]["method"] == summary["reported"]["method"] == "gradient"
+    base, now = weights(trained / "base"), weights(trained / "finetune")
+    mask = ParameterMask.load(folder / "mask.safetensors")
+    assert mask.density == pytest.approx(summary["taken"]["share"], rel=0.02)
+    if sparse:
+        model = AutoModelForCausalLM.from_pretrained(trained / "base")
+        apply_change(model, folder / "change.safetensors")
+        made, card = model.state_dict(), folder / "README.md"
+    else:
+        made, card = weights(folder / "model"), folder / "model" / "README.md"
+    for name, flags in mask.items():
+        assert torch.equal(made[name], torch.where(flags, now[name], base[name]))
+    assert "those that carry it by their gradient at the base" in card.read_text()
+    # The choice of that method alone is the best of it that serves.
+    fitting = [p["harm"] for p in summary["points"] if p["method"] == "gradient" and p["recovered"] >= 0.1]
+    assert summary["taken"]["harm"] == min(fitting)
+
+
+def test_best_takes_the_gradient_where_no_other_harms_less():
+    def point(method, recovered, harm):
+        return vars(GraftPoint(method, 0.1, 1.0, 1.0, recovered, 0.0, 1.0, harm))
+
+    others = [point(method, 0.5, 0.2) for method in BEST if method not in ("gradient", "finetune")]
+    points = (*others, point("gradient", 0.6, 0.1), point("finetune", 1.0, 0.5))
+    curve = GraftCurve(points, "loss", "elements", 2.0, 1.0, 3.0, 8, 8)
+    assert Wanted(recover=0.4).of(curve).method == Wanted(harm=0.3, sparse=True).of(curve).method == "gradient"
+
+
+def test_the_card_tells_the_harm_where_a_graft_was_chosen_and_a_rough_interval(trained, capsys):
+    assert run(trained, "--harm", "9", output="allowed") == 0
+    summary = json.loads((trained / "allowed" / "summary.json").read_text())
+    card = (trained / "allowed" / "model" / "README.md").read_text()
+    assert f", its harm {summary['taken']['harm']:+.4g} nats\n" in card
+    point = GraftPoint("attribution", 0.1, 1.0, 1.0, 0.7, 0.4, 1.9, 0.1)
+    curve = GraftCurve((), "loss", "elements", 2.0, 1.0, 3.0, 12, 8)
+    assert curve.roughness(point) == "12 held-out samples tell the effect too roughly"
+    assert curve.roughness(dataclasses.replace(point, high=0.8)) == ""
 
 
 def test_with_one_sample_held_out_the_card_says_that_it_chose(trained, capsys):
@@ -297,3 +342,24 @@ def test_frozen_parameters_that_differ_in_the_base_given_are_told(trained):
     assert "\n" not in told
     own = find_base(trained / "finetune", saved, module, module.model, CausalLMObjective())
     assert follow_frozen(saved, own, module.model, "merged", "goldy graft") == []
+
+
+@pytest.mark.filterwarnings("ignore:the base differs from PeftModel", "ignore:.*the base differs from PeftModel")
+def test_a_folder_of_adapters_leaves_what_they_lie_on_where_the_base_has_it_otherwise(trained, tmp_path, capsys):
+    pytest.importorskip("peft")
+    config = yaml.safe_load((trained / "run.yaml").read_text())
+    config["model"]["init_args"]["lora"] = {"rank": 2, "target_modules": ["c_attn"]}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    module = GoldyModule(str(trained / "base"), lora=config["model"]["init_args"]["lora"])
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    module.model.save_pretrained(tmp_path / "adapters")
+    words = ["graft", str(tmp_path / "adapters"), "--config", str(tmp_path / "lora.yaml"), "--n-samples", "8"]
+    words += ["--keep", "0.5", "--base", str(trained / "finetune"), "--output", str(tmp_path / "out")]
+    assert main(words) == 0, capsys.readouterr().err
+    merged = module.model.merge_and_unload().state_dict()
+    mask = ParameterMask.load(tmp_path / "out" / "mask.safetensors")
+    base, made = weights(trained / "finetune"), weights(tmp_path / "out" / "model")
+    for name, flags in mask.items():
+        torch.testing.assert_close(made[name], torch.where(flags, merged[name], base[name]))

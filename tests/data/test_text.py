@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,53 @@ def test_a_file_of_other_records_is_refused(name: str, content: str, message: st
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_documents(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("rows.tsv", "text\tid\none\t1\ntwo\t2\n"), ("rows.ndjson", '{"text": "one"}\n{"text": "two"}\n')],
+)
+def test_a_folder_of_records_gives_their_texts(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_documents(tmp_path) == ["one", "two"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "tw')
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not JSON"):
+        read_documents(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": 1}')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1, field 'text': expected text; found 1"):
+        read_documents(tmp_path)
+
+
+def test_a_cell_may_be_as_long_as_a_document(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "rows.csv").write_text("text\n" + "x" * (limit + 1) + "\n")
+    assert [len(text) for text in read_documents(tmp_path / "rows.csv")] == [limit + 1]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_broken_table_is_named(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / f"rows.{suffix}"
+    path.write_bytes(b"PAR1 broken")
+    with pytest.raises(ValueError, match=rf"rows\.{suffix}' cannot be read as a dataset"):
+        read_documents(path)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [["one"], ["two"]]])
+def test_a_column_of_other_values_is_refused(
+    values: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"text": values})
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        with pytest.raises(ValueError, match=r"row 0, column 'text': expected text; found"):
+            read_documents(tmp_path / name)
 
 
 def test_a_tokenizer_from_a_folder_gives_the_same_blocks(story: Path, tmp_path: Path) -> None:

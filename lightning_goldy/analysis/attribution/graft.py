@@ -239,18 +239,23 @@ class GraftCurve(AnalysisResult):
         if shown is None:
             told = f"{len(self.points)} grafts were tried"
         else:
-            part, share = self._with_interval(shown), f"{shown.share:.2g} of the elements"
+            part, share = self._with_interval(shown), share_of_elements(shown.share)
             told = f"{share} recover {part} of the effect on held-out samples"
             told = told if enough else f"of the shares tried {share} recover most, {part} of the effect"
             told += self._beside(shown)
         if self.weak:
             told = f"{told}; WEAK: {self.weak}"
-        elif best is not None and (best.high or 0.0) - (best.low or 0.0) > _UNCERTAIN:
-            told = f"{told}; WEAK: {self.n_held_out} held-out samples tell the effect too roughly"
+        elif best is not None and (rough := self.roughness(best)):
+            told = f"{told}; WEAK: {rough}"
         if self.base_collateral is None:
             return f"{told}; harm to other text was not measured"
         methods = sorted({point.method for point in self.frontier} - {"finetune"})
         return f"{told}; in gain against harm the frontier has {', '.join(methods) or 'the finetune alone'}"
+
+    def roughness(self, point: GraftPoint) -> str:
+        """Why the interval of a point tells nothing of what it recovers, for its width; nothing where it does."""
+        wide = (point.high or 0.0) - (point.low or 0.0) > _UNCERTAIN
+        return f"{self.n_held_out} held-out samples tell the effect too roughly" if wide else ""
 
     def _beside(self, point: GraftPoint) -> str:
         """What as many random elements and the largest changes recover, and whether the chosen ones do better."""
@@ -266,6 +271,16 @@ class GraftCurve(AnalysisResult):
         if point.low is None:
             return f"{percentage(point.recovered)} (no interval: one {'sample' if self.n_held_out == 1 else 'passage'})"
         return f"{percentage(point.recovered)} [{percentage(point.low)}, {percentage(point.high)}]"
+
+
+def share_of_elements(share: float, digits: int = 2) -> str:
+    """How many of the elements a graft has, in words.
+
+    Example:
+        >>> share_of_elements(0.1), share_of_elements(1.0)
+        ('0.1 of the elements', 'all elements')
+    """
+    return "all elements" if share == 1 else f"{share:.{digits}g} of the elements"
 
 
 def _band(point: GraftPoint) -> str:
@@ -324,7 +339,8 @@ def graft_curve(
             one after the other the block that recovers most of the effect on the samples that score, as the model
             itself says, of those that fit into the largest share; a step tries 12 at most, those that contribute most.
         shares: Shares of all elements; the attribution's by default.
-        baselines: What stands beside it; those of elements only where elements are grafted.
+        baselines: What stands beside it; those of elements only where elements are grafted. Of random elements as many
+            as each graft of whole pieces has.
         factors: The a of interpolation.
         masks: Further masks to graft, one or several by the name of their method, such as golden ones.
         learn: How masks are learned.
@@ -376,6 +392,9 @@ def graft_curve(
         grafts = _Grafts(path, attribution, objective, metric, tuple(shares), seed)
         batches = list(batches)
         plan = [*grafts.chosen(pieces), *(grafts.greedy(batches) if pieces == "blocks" else ())]
+        if pieces != "elements":
+            # Whole pieces are seldom as many elements as a share, and are compared with as many random ones.
+            grafts.sizes = tuple(sorted({share for _, share, _, _ in plan}))
         plan += grafts.baselines(baselines, factors, batches, pieces)
         plan += grafts.of_masks(masks or {})
         if "learned" in baselines:
@@ -472,7 +491,7 @@ class _Grafts:
         seed: int,
     ) -> None:
         self.path, self.attribution, self.objective, self.metric = path, attribution, objective, metric
-        self.shares, self.seed = shares, seed
+        self.shares, self.sizes, self.seed = shares, shares, seed
 
     def chosen(self, pieces: Pieces) -> list[Planned]:
         """Those that the attribution chooses."""
@@ -514,7 +533,7 @@ class _Grafts:
                 found += [(name, 1.0, factor, self._interpolate(factor)) for factor in factors]
             elif name != "learned" and (pieces == "elements" or name in ("random", "drop_and_rescale")):
                 levels = self._levels(name, batches)
-                for place, share in enumerate(self.shares):
+                for place, share in enumerate(self.sizes):
                     factor = 1 / share if name == "drop_and_rescale" else 1.0
                     found.append((name, share, factor, self._keep_levels(levels, place, factor)))
         return found
@@ -525,9 +544,9 @@ class _Grafts:
         for point in points:
             point["draws"] = (point["recovered"],)
         for seed in range(self.seed + 1, self.seed + n_draws):
-            levels = unread_levels(self.path, "random", self.shares, seed) if points else {}
+            levels = unread_levels(self.path, "random", self.sizes, seed) if points else {}
             for point in points:
-                self._keep_levels(levels, self.shares.index(point["share"]), 1.0)()
+                self._keep_levels(levels, self.sizes.index(point["share"]), 1.0)()
                 point["draws"] += (bench.recovered(),)
 
     def of_masks(self, masks: Mapping[str, ParameterVector | Sequence[ParameterVector]]) -> list[Planned]:
@@ -552,7 +571,7 @@ class _Grafts:
         if name == "gradient":
             with torch.enable_grad():
                 return attribute_first_order(self.path, batches, self.objective, self.metric, self.shares)
-        return unread_levels(self.path, name, self.shares, self.seed)
+        return unread_levels(self.path, name, self.sizes, self.seed)
 
     def _keep(self, mask: ParameterMask) -> Callable[[], None]:
         return self._keep_levels({name: (~flags).to(torch.uint8) for name, flags in mask.items()}, 0, 1.0)

@@ -119,7 +119,7 @@ def model_units(model: nn.Module, space: ParameterSpace) -> tuple[UnitGroup, ...
     groups: list[UnitGroup] = []
     taken: set[tuple[str, int]] = set()
     for block in _described(model):
-        for group in (*_heads(block), *_neurons(model, block)):
+        for group in (*_heads(block, space), *_neurons(model, block)):
             # A space of merged weights has the names that they have without adapters.
             told = [
                 replace(part, name=part.name if part.name in space else merged_name(part.name)) for part in group.parts
@@ -287,7 +287,7 @@ def _described(model: nn.Module) -> tuple[Block, ...]:
         return ()
 
 
-def _heads(block: Block) -> Iterator[UnitGroup]:
+def _heads(block: Block, space: ParameterSpace) -> Iterator[UnitGroup]:
     try:
         projections: dict[UnitKind, list[HeadProjection]] = {"head": [block.output], "key_value": []}
         if block.query_key_value is not None:
@@ -296,15 +296,16 @@ def _heads(block: Block) -> Iterator[UnitGroup]:
     except UnsupportedArchitectureError:
         return
     for kind, members in projections.items():
-        parts = tuple(part for projection in members for part in _head_parts(projection))
+        parts = tuple(part for projection in members for part in _head_parts(projection, space))
         if parts:
             yield UnitGroup(kind, block.name, members[0].layout.n_heads, parts)
 
 
-def _head_parts(projection: HeadProjection) -> Iterator[UnitPart]:
+def _head_parts(projection: HeadProjection, space: ParameterSpace) -> Iterator[UnitPart]:
     layout = projection.layout
-    if not projection.obstacle:
-        for _, name, dim in projection.axes:
+    for _, name, dim in projection.axes:
+        # Heads divide a merged weight whatever the form of its adapter, as DoRA.
+        if not projection.obstacle or (name not in space and merged_name(name) in space):
             yield UnitPart(name, dim, layout.offset, layout.stride or layout.head_dim, layout.head_dim)
 
 

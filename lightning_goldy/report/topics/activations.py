@@ -61,7 +61,14 @@ def chart_position_cosines(row: Row) -> Figure:
         table = row["result"]["cosines"]
     names = [*map(str, range(len(table) - 1)), "all"]
     style = heads_style("cosine", rows="position", columns="position", colours="diverging", cell=(34, 22))
-    caption = "Near 1 everywhere: the finetune added one constant direction, whatever the text and the place."
+    pairs = ((table[place][other], other, place) for place in range(len(table)) for other in range(place))
+    low, first, second = min(pairs)
+    caption = (
+        f"Least alike are {names[first]} and {names[second]}, with {low:.2f}. Where all are near 1 the finetune added "
+        "one direction, whatever the place."
+    )
+    if not table[-1][-1]:
+        caption = "Nothing differs, so that no position is like another."
     return heat_map(table, names, names, style, extent=(-1.0, 1.0), caption=caption)
 
 

@@ -12,7 +12,7 @@ from lightning_goldy.analysis import ActivationDifferencesResult, activation_dif
 from lightning_goldy.analysis.activations.differences import in_words
 from lightning_goldy.core import CausalLMObjective
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
-from lightning_goldy.report.topics.activations import chart_stream_change
+from lightning_goldy.report.topics.activations import chart_position_cosines, chart_stream_change
 from tests.references.attribution import moved
 from tests.references.models import build, token_batch
 
@@ -260,3 +260,12 @@ def test_a_token_that_the_model_has_not_names_the_batch():
     wrong = {**batch, "input_ids": batch["input_ids"] + 10_000}
     with pytest.raises(ValueError, match="batch 1 of the text cannot go through LlamaForCausalLM: index out of range"):
         activation_differences(base, base, [batch, wrong])
+
+
+def test_the_figure_of_positions_says_which_are_least_alike():
+    def caption(cosines: list[list[float]]) -> str:
+        return str(chart_position_cosines({"result": {"cosines": cosines}}).caption)
+
+    apart = caption([[1.0, 0.25, 0.75], [0.25, 1.0, 0.5], [0.75, 0.5, 1.0]])
+    assert apart.startswith("Least alike are 0 and 1, with 0.25.")
+    assert caption([[0.0, 0.0], [0.0, 0.0]]).startswith("Nothing differs")

@@ -139,6 +139,17 @@ def test_shares_that_recover_are_the_smallest_tried(curve):
 
 
 @pytest.mark.parametrize("pieces", ["units", "tensors", "blocks"])
+def test_grafts_of_whole_pieces_stand_beside_as_many_random_elements(subject, pieces):
+    model, base, scored, held_out, _, found = subject
+    curve = graft_curve(model, base, found, [scored], [held_out], pieces=pieces, baselines=["random"], shares=[0.35])
+    own = [point for method in ("attribution", "greedy") for point in curve.of(method)]
+    assert {point.share for point in curve.of("random")} == {point.share for point in own}
+    assert own
+    assert all("as many random ones" in curve._beside(point) for point in own if point.share < 1)
+    assert "as many random ones" in curve.headline()
+
+
+@pytest.mark.parametrize("pieces", ["units", "tensors", "blocks"])
 def test_whole_pieces_are_taken_by_what_they_contribute_per_element(subject, pieces):
     model, base, scored, held_out, _, found = subject
     for share, mask in chosen_masks(found, element_space(found, model), model, pieces, SHARES):

@@ -133,10 +133,12 @@ def test_what_has_no_merged_weights_is_refused_and_errors_leave_no_trace() -> No
     assert math.isfinite(change_attribution(model, base, [ids(1)], nodes=1).total)
 
 
-def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_around_both_sides_of_an_mlp_leave_the_units_where_they_are(use_dora: bool) -> None:
     plain = build("llama").double().eval()
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=targets)).double().eval()
+    config = peft.LoraConfig(r=2, target_modules=targets, use_dora=use_dora)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).double().eval()
     base = BaseParameters(ParameterVector.of(model))
     move(model)
     options = {"nodes": 2, "shares": [0.1]}
@@ -276,3 +278,64 @@ def test_a_plain_base_of_more_blocks_is_of_another_model(kind: str, tmp_path) ->
     told = f"the base is of another model: it has {count + 1} of 'transformer.h', PeftModel has {count}"
     with pytest.raises(StoreError if kind == "folder" else SpaceError, match=told):
         change_attribution(model, base, [ids(1)], nodes=4)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ],
+    ids=lambda options: "-".join(options["target_modules"] + list(options)[1:]),
+)
+@pytest.mark.parametrize("space", ["merged", "adapters"])
+def test_a_folder_of_adapters_is_the_base_that_it_was_saved_from(options, space, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    base = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    found, expected = (
+        change_attribution(model, one, [ids(1)], nodes=2, space=space, keep_scores=True) for one in (tmp_path, base)
+    )
+    assert found.base_value == expected.base_value
+    assert all(torch.equal(found.scores[name], expected.scores[name]) for name in expected.names)
+
+
+def test_a_folder_of_adapters_that_are_scaled_otherwise_is_refused(tmp_path) -> None:
+    plain = build("gpt2", 0)
+    for scale in (4, 8):
+        config = peft.LoraConfig(r=2, lora_alpha=scale, target_modules=["c_attn"])
+        model = peft.get_peft_model(copy.deepcopy(plain), config)
+        if scale == 4:
+            model.save_pretrained(tmp_path)
+    with pytest.raises(StoreError, match=r"its adapter has lora_alpha=4, that of PeftModel 8"):
+        change_attribution(model, tmp_path, [ids(1)], nodes=1)
+
+
+def test_a_plain_base_with_fewer_blocks_is_told_what_it_lacks() -> None:
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    config = copy.deepcopy(build("llama").config)
+    config.num_hidden_layers -= 1
+    with pytest.raises(SpaceError, match=r"the base has no parameter 'model\.layers\.\d+\.self_attn\.q_proj\.weight'"):
+        change_attribution(model, type(build("llama"))(config), [ids(1)], nodes=1)
+
+
+def test_a_plain_base_with_another_vocabulary_is_told() -> None:
+    plain = build("llama")
+    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    more = plain.config.vocab_size + 3
+    plain.resize_token_embeddings(more)
+    with pytest.warns(UserWarning, match=rf"the base differs from PeftModel in .*\(shape \({more}, \d+\) there, "):
+        change_attribution(model, plain, [ids(1)], nodes=1)
