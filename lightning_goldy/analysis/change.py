@@ -413,7 +413,8 @@ class ParameterDistributionResult(AnalysisResult):
             Of matrices that changed also ``singular_values``, the largest of Delta; ``stable_rank``, \|Delta\|_F^2 /
             \|Delta\|_2^2; ``effective_rank``, the exponential of the entropy of the normalised singular values (None
             where only the largest were computed); ``singular_value_error``, how near a singular value lies to each of
-            the largest at least, as a fraction of it (0 where all were computed); ``alignment``, the share of
+            the largest at least, as a fraction of it (0 where all were computed; those below 4 machine epsilons of the
+            largest are rounding, and have none); ``alignment``, the share of
             \|Delta\|_F^2 that lies between the base's top left and right singular directions, ``alignment_chance``,
             what a random Delta would have, and ``alignment_over_chance`` (of other tensors None); ``exact``, whether
             all singular values were computed. Where intruders are looked for also ``resemblances``, of each of the

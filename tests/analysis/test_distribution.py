@@ -343,6 +343,33 @@ def test_no_value_is_above_the_true_one_where_few_directions_hold_all_or_many_ar
     assert (moved - left[:, :held].double() * found[:held]).norm(dim=0).max() < 1e-2 * found[0]
 
 
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["product", "few rows"])
+def test_the_error_of_singular_values_is_of_those_that_are_not_rounding(kind: str, rank: int) -> None:
+    """A change of two directions has two singular values; the error of the six zeros beside them was told as 1e12."""
+    generator = torch.Generator().manual_seed(rank)
+    delta = torch.randn(300, rank, generator=generator) @ torch.randn(rank, 420, generator=generator)
+    if kind == "few rows":
+        delta = torch.zeros(300, 420)
+        delta[:rank] = torch.randn(rank, 420, generator=generator)
+    layer = nn.Linear(420, 300, bias=False)
+    layer.weight.data.zero_()
+    base = BaseParameters(ParameterVector.of(layer))
+    layer.weight.data += delta
+    row = parameter_distribution(layer, base).rows[0]
+    values, exact = np.array(row["singular_values"]), torch.linalg.svdvals(delta.double()).numpy()
+    assert values[:rank] == pytest.approx(exact[:rank], rel=1e-5)
+    assert (values[rank:] < 1e-6 * values[0]).all()
+    assert 0 < row["singular_value_error"] < 1e-5
+    # What is small but no rounding counts.
+    layer.weight.data += 1e-4 * torch.randn(300, 420, generator=generator)
+    small = parameter_distribution(layer, base).rows[0]
+    exact = torch.linalg.svdvals(layer.weight.detach().double()).numpy()
+    nearest = np.abs(np.array(small["singular_values"])[:, None] - exact[None]).min(axis=1)
+    assert 1e-4 < small["singular_value_error"] < 0.1
+    assert (nearest <= (small["singular_value_error"] + 1e-6) * np.array(small["singular_values"])).all()
+
+
 def test_directions_that_nothing_near_them_leads_to_are_found_from_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """What starts from the base's would miss a ninth strong direction of the change; the other way does not."""
     generator = torch.Generator().manual_seed(4)
