@@ -572,6 +572,8 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
 _GIVEN_BACK = 32 << 20
 # Of an eigendecomposition without vectors, the part of one with them; timed elements per parameter that is read.
 _VALUES, _READ = 0.5, 12.0
+# Of a matrix whose whole spectrum is found its copies in float64, in timed elements: each time, and of the base once.
+_COPIED, _COPIED_ONCE = 24.0, 40.0
 
 
 def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intruders: bool = True) -> Forecast:
@@ -584,7 +586,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         intruders: Whether intruder directions are looked for.
     """
     space, once = plan.space, Work()
-    flops = cubes = factored = drawn = 0.0
+    flops = cubes = factored = drawn = copied = 0.0
     of_change = of_base = 0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
@@ -596,7 +598,9 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
             flops += 2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2
             cubes += (2 + _VALUES if intruders else _VALUES) * short**3
             drawn += short * long
-            once += Work(flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
+            copied += _COPIED * intruders * short * long
+            again = _COPIED_ONCE * intruders * short * long
+            once += Work(elements=again, flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
         else:
             # From the directions of the base and of the change; the null of a gentle change is told from products of
             # the base, for which few normals are drawn.
@@ -613,7 +617,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
             )
     elements, sides = space.numel, [shape[0] + math.prod(shape[1:]) for shape in space.shapes if len(shape) > 1]
     work = Work(
-        elements=_READ * elements,
+        elements=_READ * elements + copied,
         binned=1.0 * elements,
         normals=1.0 * intruders * drawn,
         flops=flops,
