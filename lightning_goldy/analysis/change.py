@@ -400,8 +400,7 @@ _COMPARED = 4
 _STARTING, _WORSE, _NEAR = 2, 1.5, 1e-2
 # The spectral norm of a change that leaves directions where they are, as a fraction of the gap below them.
 _GENTLE = 0.1
-# Rows that are worked on in float64 at a time.
-_PIECE = 4096
+_PIECE = 4096  # rows in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -788,9 +787,8 @@ def resemblances(directions: Tensor, base: Tensor) -> list[float]:
     """
     # A piece at a time: of an embedding whole copies take longer than the products.
     pieces = zip(base.split(_PIECE), directions.split(_PIECE), strict=True)
-    cosines = sum(own.double().t() @ other.double() for own, other in pieces)
-    assert isinstance(cosines, Tensor)
-    return [float(value) for value in cosines.abs().amax(dim=0)]
+    products = torch.stack([own.double().t() @ other.double() for own, other in pieces])
+    return [float(value) for value in products.sum(dim=0).abs().amax(dim=0)]
 
 
 def _pooled(rows: Sequence[dict[str, Any]], column: str) -> float | None:

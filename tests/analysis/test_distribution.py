@@ -9,7 +9,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import change as change_module
-from lightning_goldy.analysis.change import parameter_distribution, weight_change
+from lightning_goldy.analysis.change import parameter_distribution, resemblances, weight_change
 from lightning_goldy.analysis.divergence import histogram_drift
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
@@ -341,6 +341,16 @@ def test_no_value_is_above_the_true_one_where_few_directions_hold_all_or_many_ar
         assert (strong.t() @ strong - torch.eye(strong.shape[1])).abs().max() < 1e-4
     moved = matrix.double() @ right[:, :held].double()
     assert (moved - left[:, :held].double() * found[:held]).norm(dim=0).max() < 1e-2 * found[0]
+
+
+def test_resemblances_of_a_tall_matrix_are_those_of_the_whole() -> None:
+    """An embedding has more rows than are worked on at a time."""
+    generator = torch.Generator().manual_seed(3)
+    base, directions = (
+        torch.linalg.qr(torch.randn(9001, n, generator=generator, dtype=torch.float64)).Q.float() for n in (7, 3)
+    )
+    expected = (base.double().t() @ directions.double()).abs().amax(dim=0)
+    assert resemblances(directions, base) == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
