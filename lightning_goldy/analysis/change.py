@@ -18,6 +18,7 @@ from lightning_goldy.analysis.divergence import (
     rank_of,
     spectrum_of,
 )
+from lightning_goldy.analysis.gradients import exact_products
 from lightning_goldy.analysis.precision import low_precision, rounding_of
 from lightning_goldy.analysis.result import AnalysisResult, tensor_rows
 from lightning_goldy.core.architecture.adapters import LowRankChange, base_within, changes_in, chosen_space, merged_name
@@ -543,7 +544,7 @@ def parameter_distribution(
     rows: list[tuple[int, list[dict[str, Any]]]] = []
     chosen = chosen_space(model, space)
     experts = _expert_counts(model, chosen)
-    with torch.no_grad(), replicas.together("parameter_distribution"):
+    with exact_products(next(model.parameters()).device), replicas.together("parameter_distribution"):
         start = base_within(base, model, space)
         total = len(start.space.names)
         for index, change in enumerate(changes_in(model, start, space)):
