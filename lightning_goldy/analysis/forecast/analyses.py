@@ -587,7 +587,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
     """
     space, once = plan.space, Work()
     flops = cubes = factored = drawn = copied = 0.0
-    of_change = of_base = 0
+    of_change = of_base = of_exact = stays = 0
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
             continue
@@ -599,6 +599,9 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
             cubes += (2 + _VALUES if intruders else _VALUES) * short**3
             drawn += short * long
             copied += _COPIED * intruders * short * long
+            # In float64 itself and its directions twice; of the base all directions stay.
+            of_exact = max(of_exact, (16 if intruders else 4) * short * long)
+            stays += 4 * intruders * short * long
             again = _COPIED_ONCE * intruders * short * long
             once += Work(elements=again, flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
         else:
@@ -631,7 +634,8 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         # The change, the changed weight and its decomposition, the directions that stay; what was freed before and is
         # not given back.
         memory=_largest_bytes(space, 8, 16)
-        + of_change
+        + max(of_change, of_exact)
+        + stays
         + 4 * sum(sides) * top * (4 if intruders else 1)
         + sum(part for part in (_largest_bytes(space, 4, 4), of_base) if part < _GIVEN_BACK),
         communicated=plan.communicated(Work(), gathered=8 * elements),
