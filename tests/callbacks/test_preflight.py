@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
 
 from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
@@ -364,6 +364,24 @@ def test_what_cannot_be_held_is_refused_by_name(free: Any, message: str) -> None
     told = outlook.faults(**{**enough, **free})
     assert told is not None
     assert re.search(message, told)
+
+
+def test_a_tall_matrix_of_few_columns_is_forecast_with_its_copies_in_float64() -> None:
+    """Measured of an embedding of 49,152 x 128: 33 bytes an element, and 2.8 times the seconds told before."""
+    layer = torch.nn.Linear(128, 49152, bias=False, device="meta")
+    forecasts = {}
+    for looked in (0.5, None):
+        forecasts[looked] = ParameterDistribution(intruders_below=looked).forecast(Plan(layer, ((4, 8),)), Run(4))
+    numel = layer.weight.numel()
+    assert 25 * numel < forecasts[0.5].memory < 40 * numel
+    assert forecasts[0.5].work.elements - forecasts[None].work.elements == 24 * numel
+    assert forecasts[0.5].once.elements == 40 * numel
+
+
+def test_the_logits_of_a_classifier_are_its_labels() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=53, num_labels=3, **sizes))
+    assert preflight.shape_of(model)["vocabulary"] == 3
 
 
 def test_what_the_training_is_still_to_take_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
