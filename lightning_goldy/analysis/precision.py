@@ -109,14 +109,18 @@ def marked(model: nn.Module, metrics: Mapping[str, float | None]) -> dict[str, A
     return mark
 
 
-def with_precision(row: Row, model: nn.Module) -> Row:
+def with_precision(row: Row, model: nn.Module, *, ran: bool = True) -> Row:
     """A row with the mark of a precision below float32, which the result may have told already.
 
     Args:
         row: Of an analysis of the model.
         model: As it computed.
+        ran: Whether the analysis ran the model; what looks at weights alone computes nothing in autocast's precision.
     """
-    if "precision" in row.result or (mark := marked(model, row.metrics)) is None:
+    kind = next(model.parameters()).device.type
+    with torch.autocast(kind, enabled=False) if not ran else nullcontext():
+        mark = marked(model, row.metrics)
+    if "precision" in row.result or mark is None:
         return row
     return row.extended(result={"precision": mark}).noted(precision_note(mark, row.metrics))
 

@@ -171,6 +171,8 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
     """Whether the analysis runs the model on batches."""
     runs_model = False
     """Whether it does so on something else than a probe."""
+    weights_alone = False
+    """Whether the analysis looks at weights alone, whatever precision the model computes in."""
     compares, keeps_base = False, False
     """Whether it compares with the golden snapshot's base, and whether it is the one that keeps it."""
     changes_training = False
@@ -681,7 +683,7 @@ class AnalysisCallback(L.Callback, ABC, Generic[ResultT]):
         ):
             context = self._context(trainer, pl_module, progress, weights, len(marks) - 1)
             row, vectors, histograms = undefined_row(context.model) or self._described(self.compute(context), context)
-            row = with_precision(row, context.model)
+            row = with_precision(row, context.model, ran=not self.weights_alone)
             files = self._saved(vectors, context)
         for note in [*self._notes, *told]:
             row = row.noted(note)

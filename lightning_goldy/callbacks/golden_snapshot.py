@@ -16,7 +16,7 @@ from lightning_goldy.analysis.change import SuccessiveUpdates, WeightChange, wei
 from lightning_goldy.analysis.forecast import Forecast, Plan, Run, forecast_change
 from lightning_goldy.analysis.result import Row
 from lightning_goldy.callbacks.base import AnalysisCallback, AnalysisContext
-from lightning_goldy.callbacks.engine.run_folder import run_root
+from lightning_goldy.callbacks.engine.run_folder import POOL, prune_bases, run_root
 from lightning_goldy.callbacks.engine.weights import FROZEN_FILE, Frozen
 from lightning_goldy.core.architecture.adapters import (
     WeightSpace,
@@ -260,9 +260,6 @@ class GoldenSnapshot(AnalysisCallback[WeightChange]):
             self._frozen, self._frozen_hash = Frozen(sums, tuple(frozen["below"])), frozen["hash"]
 
 
-POOL = ".goldy_bases"
-"""The folder beside the runs in which each base lies once; runs that begin with it have a hard link to it."""
-
 _OF_SNAPSHOT = "snapshot"
 _KINDS: dict[str, Kind] = {"previous": "values", "update": "direction"}
 
@@ -405,10 +402,8 @@ def _write(vector: ParameterVector, path: Path, trainer: L.Trainer, model: nn.Mo
         save_vectors(path, vector, kind="values", model=model, step=step, base_hash=found, write=write, packed=True)
         if write:
             link_file(path, pool)
-    for file in pool.parent.glob("*.safetensors") if write else ():
-        if file.stat().st_nlink == 1:
-            # No run has it any more.
-            file.unlink()
+    if write:
+        prune_bases(pool.parent)
     return found
 
 

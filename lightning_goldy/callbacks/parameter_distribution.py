@@ -44,6 +44,7 @@ class ParameterDistribution(AnalysisCallback[ParameterDistributionResult]):
 
     compares = True
     needs_probe = False
+    weights_alone = True
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from lightning_goldy.core.architecture import UnsupportedArchitectureError, desc
 from lightning_goldy.core.batches import move_batch
 from lightning_goldy.core.isolation import undisturbed
 from lightning_goldy.core.objective import CausalLMObjective, ClassifierObjective, FunctionObjective, TokenObjective
-from lightning_goldy.core.sharding import Replicas, is_sharded, unshard_guard
+from lightning_goldy.core.sharding import Replicas, is_sharded, local, unshard_guard
 from lightning_goldy.core.space import trainable_parameters
 from lightning_goldy.core.store import available_memory
 from lightning_goldy.training.subject import find_model, find_objective
@@ -301,6 +301,8 @@ def shape_of(model: nn.Module) -> dict[str, Any]:
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 2
+    if "Classification" in type(model).__name__:
+        vocabulary = getattr(config, "num_labels", None) or vocabulary
     try:
         blocks = [block for block in describe_architecture(model).blocks if block.n_heads]
         layers, heads = len(blocks), max(block.n_heads for block in blocks)
@@ -371,12 +373,22 @@ class Outlook:
             f"{most}{size_in_words(forecast.disk_total)} in all"
         )
 
+    def excess(self) -> str | None:
+        """What to say of analyses that take more than a twentieth of the run, and half a minute; else None."""
+        seconds, whole = self.seconds, self.run_seconds
+        if seconds is None or not whole or seconds <= max(_WORTH_TELLING, _SHARE * whole):
+            return None
+        return (
+            f"the analyses take about {time_in_words(seconds)}, {100 * seconds / whole:.0f} % of the run's "
+            f"{time_in_words(whole)}: budget= of each callback limits it, and callbacks/light.yaml keeps all below 5 %"
+        )
+
     def faults(self, *, free_disk: int, free_memory: int, free_device: int | None) -> str | None:
         """What disk or memory cannot hold, the callback that needs most of it, and what to set; None where all fits.
 
         Args:
             free_disk: Bytes.
-            free_memory: Of the host, bytes.
+            free_memory: Of the host, bytes, without what the training is still to take.
             free_device: Of an accelerator; None where the model is in the host's memory.
         """
         if not self.forecasts:
@@ -398,8 +410,11 @@ class Outlook:
             (firing, firing.memory, free_device, "the device's memory"),
         ):
             if bytes_free is not None and bytes_needed > bytes_free:
-                needed, free = size_in_words(bytes_needed), size_in_words(bytes_free)
-                return f"{worst.name} needs {needed} of {where}, with what all keep there, and {free} are free: {_LESS}"
+                needed, free = size_in_words(bytes_needed), size_in_words(max(0, bytes_free))
+                return (
+                    f"beside the training {worst.name} needs {needed} of {where}, with what all keep there, and {free} "
+                    f"are free: {_LESS}"
+                )
         return None
 
 
@@ -450,17 +465,40 @@ def preflight(trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Seque
     outlook = Outlook(tuple(forecasts), speeds, run, plans[0].replicas)
     for line in outlook.lines():
         rank_zero_info(line)
-    seconds, whole = outlook.seconds, outlook.run_seconds
-    if seconds is not None and whole and seconds > max(_WORTH_TELLING, _SHARE * whole):
-        rank_zero_warn(
-            f"the analyses take about {time_in_words(seconds)}, {100 * seconds / whole:.0f} % of the run's "
-            f"{time_in_words(whole)}: budget= of each callback limits it, and callbacks/light.yaml keeps all below 5 %"
-        )
-    _refuse(trainer, pl_module, told, outlook)
+    if (excess := outlook.excess()) is not None:
+        rank_zero_warn(excess)
+    tokens = max((plan.widest(None) for plan in plans), default=0)
+    _refuse(trainer, pl_module, told, outlook, max(plan.graph(tokens) for plan in plans))
+
+
+def training_bytes(optimizers: Sequence[Any]) -> int:
+    """Bytes of gradients and moments on this rank that a training takes in its first step and does not have yet.
+
+    Args:
+        optimizers: Of the training.
+
+    Example:
+        >>> layer = nn.Linear(3, 5, bias=False)
+        >>> training_bytes([torch.optim.AdamW(layer.parameters())])
+        180
+    """
+    total = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            moments = 2 if "betas" in group else int(bool(group.get("momentum")))
+            for parameter in group["params"]:
+                size = local(parameter).numel() * parameter.element_size()
+                missing = 0 if optimizer.state.get(parameter) else moments
+                total += parameter.requires_grad * size * (missing + (parameter.grad is None))
+    return total
 
 
 def _refuse(
-    trainer: L.Trainer, pl_module: L.LightningModule, callbacks: Sequence[AnalysisCallback[Any]], outlook: Outlook
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    callbacks: Sequence[AnalysisCallback[Any]],
+    outlook: Outlook,
+    graph: int,
 ) -> None:
     folder = next(path for path in [run_directory(trainer), *run_directory(trainer).parents] if path.exists())
     device = pl_module.device
@@ -468,8 +506,14 @@ def _refuse(
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free_device = torch.cuda.mem_get_info(device)[0] + reserved
+    # What an analysis takes lies above all that a training step does, which comes first.
+    coming, free_memory = training_bytes(trainer.optimizers) + graph, available_memory()
+    if free_device is None:
+        free_memory -= coming
+    else:
+        free_device -= coming
     fault = outlook.faults(
-        free_disk=shutil.disk_usage(folder.absolute()).free, free_memory=available_memory(), free_device=free_device
+        free_disk=shutil.disk_usage(folder.absolute()).free, free_memory=free_memory, free_device=free_device
     )
     first = next((found for found in Replicas.world().gather_objects(fault) if found is not None), None)
     if first is None:

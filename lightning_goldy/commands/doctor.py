@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lightning_goldy.analysis.attention import attention_statistics
@@ -51,16 +52,17 @@ from lightning_goldy.callbacks.preflight import (
     shape_of,
     size_in_words,
     time_in_words,
+    training_bytes,
 )
-from lightning_goldy.commands.fit import check_configs
-from lightning_goldy.core.architecture import HeadGates, describe_architecture
+from lightning_goldy.commands.fit import check_configs, plain_reason
+from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError, describe_architecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective, objective_for
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import available_memory
-from lightning_goldy.training.models import load_model
+from lightning_goldy.training.models import AUTO_CLASSES, Head, load_model
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
@@ -84,6 +86,25 @@ _STRATEGIES = (
     ("FSDP1 (FSDPStrategy)", "refused: flat parameters merge weights across layers"),
 )
 
+# What a row begins with that says why not, and which row tells it of a callback.
+_REFUSED = "does not"
+_NEEDS = {
+    "golden_parameters": "golden, reverse golden",
+    "reverse_golden_parameters": "golden, reverse golden",
+    "attention_tracker": "attention",
+    "circuit_tracker": "circuits",
+    "knowledge_coupling": "coupling",
+    "taylor_diff": "taylor",
+    "basin_volume": "basin",
+}
+# By the end of a class's name what a model's samples of tokens are loaded for.
+_HEADS: Mapping[str, Head] = {
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+    "ForMaskedLM": "masked_lm",
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+}
 # Letters of a line in a pipe or a file.
 _PIPE_WIDTH = 130
 
@@ -150,7 +171,12 @@ def run_doctor(question: Question) -> None:
         model = _model(question)
     model.eval()
     objective = objective_for(model)
-    console.print(_works(model, objective, meta=question.meta or question.shape is not None))
+    works = works_on(model, objective, meta=question.meta or question.shape is not None)
+    console.print(_works(model, works))
+    if not question.configs:
+        # Nobody asked for those that a run would refuse.
+        needed = {callback: works.get(_NEEDS.get(callback.name, ""), "") for callback in callbacks}
+        callbacks = [callback for callback, told in needed.items() if not told.startswith(_REFUSED)]
     plan, speeds = planned(model, objective, asked)
     run = Run(asked.steps or 1000, step_seconds=None if speeds is None else _step(speeds, plan))
     # A training step is a forward and a backward pass of a batch, and a forward pass a third of it.
@@ -160,8 +186,35 @@ def run_doctor(question: Question) -> None:
         paced = run if speeds else replace(run, step_seconds=1.0)
         for line in _turned_down(callbacks, plan, speeds=speeds or steps, run=paced, timed=speeds is not None):
             console.print(line)
-    told = tuple(callback.forecast(plan, run) for callback in callbacks)
-    _print_forecasts(console, Outlook(told, speeds or steps, run, plan.replicas), plan, timed=speeds is not None)
+    told = []
+    for callback in callbacks:
+        try:
+            told.append(callback.forecast(plan, run))
+        except (ValueError, UnsupportedArchitectureError) as error:
+            console.print(f"{callback.name}: no forecast: {printable(' '.join(str(error).split()))}")
+    outlook = Outlook(tuple(told), speeds or steps, run, plan.replicas)
+    _print_forecasts(console, outlook, plan, timed=speeds is not None)
+    if speeds is not None and question.shards == 1:
+        _judge(console, outlook, plan)
+
+
+def _judge(console: Console, outlook: Outlook, plan: Plan) -> None:
+    """The warning and the error that a run on this machine, whose optimizer is AdamW, would begin with."""
+    if (excess := outlook.excess()) is not None:
+        console.print(f"warning: {excess}")
+    coming = training_bytes([torch.optim.AdamW(plan.space.resolve(plan.model).values())]) + plan.graph(
+        plan.widest(None)
+    )
+    free_memory, free_device = available_memory() - coming, None
+    if torch.cuda.is_available():
+        free_memory += coming
+        # There the weights will lie, too.
+        free_device = torch.cuda.mem_get_info()[0] - coming - plan.bytes()
+    fault = outlook.faults(
+        free_disk=shutil.disk_usage(Path.cwd()).free, free_memory=free_memory, free_device=free_device
+    )
+    if fault is not None:
+        raise ValueError(f"a run would be refused: {fault}")
 
 
 def _turned_down(
@@ -172,12 +225,12 @@ def _turned_down(
     for callback in callbacks:
         try:
             changed = limit_large(callback, numel)
-        except ValueError as error:
-            yield f"refused: {error}"
+            # Without a timed pass the unit is a training step, of which a budget in seconds says nothing.
+            if callback.budget is not None and (timed or callback.budget.seconds is None):
+                changed |= derive(callback, plan, speeds, run)
+        except (ValueError, UnsupportedArchitectureError) as error:
+            yield f"refused: {' '.join(str(error).split())}"
             continue
-        # Without a timed pass the unit is a training step, of which a budget in seconds says nothing.
-        if callback.budget is not None and (timed or callback.budget.seconds is None):
-            changed |= derive(callback, plan, speeds, run)
         if changed:
             yield f"{callback.name}: {settings_in_words(changed)}, by its budget or the model's size"
 
@@ -226,9 +279,10 @@ def planned(model: nn.Module, objective: Objective | None, question: Question) -
     with _unpadded(model):
         kept, speeds = graph_bytes(model, lambda: model(**one).logits), None
     if device.type != "meta" and objective is not None:
-        ids = torch.randint(0, shape_of(model)["vocabulary"], (rows, length), device=device)
+        config: Any = model.config
+        ids = torch.randint(0, config.vocab_size, (rows, length), device=device)
         with preserved(model):
-            speeds = measure_speeds(model, objective, {"input_ids": ids, "labels": ids})
+            speeds = measure_speeds(model, objective, _with_labels(model, ids))
     plan = Plan(
         model,
         ((rows, length),) * -(-64 // rows),
@@ -272,8 +326,7 @@ def works_on(model: nn.Module, objective: Objective, *, meta: bool) -> dict[str,
         meta: Whether the model has no values.
     """
     length = 8
-    batch = {"input_ids": torch.arange(3, 3 + length, device=next(model.parameters()).device)[None]}
-    batch["labels"] = batch["input_ids"]
+    batch = _with_labels(model, torch.arange(3, 3 + length, device=next(model.parameters()).device)[None])
     routes = _structure(model) if meta else _trials(model, objective, batch)
     found = {}
     for name, act in routes.items():
@@ -281,7 +334,7 @@ def works_on(model: nn.Module, objective: Objective, *, meta: bool) -> dict[str,
             told = act()
             found[name] = f"works: {told}" if told else "works"
         except Exception as error:  # noqa: BLE001 - whatever it is, it is why it does not work
-            found[name] = f"does not: {' '.join(str(error).split())}"
+            found[name] = f"{_REFUSED}: {' '.join(str(error).split())}"
     return found
 
 
@@ -332,12 +385,12 @@ def _structure(model: nn.Module) -> dict[str, Callable[[], str]]:
     }
 
 
-def _works(model: nn.Module, objective: Objective, *, meta: bool) -> Table:
+def _works(model: nn.Module, works: Mapping[str, str]) -> Table:
     numel = ParameterSpace.of(model).numel
     table = Table(
         "analysis", "on this model", title=f"{type(model).__name__}, {numel / 1e6:,.1f} M trainable", box=None
     )
-    for name, told in works_on(model, objective, meta=meta).items():
+    for name, told in works.items():
         table.add_row(name, printable(told))
     for name, told in _STRATEGIES:
         table.add_row(name, told)
@@ -374,16 +427,37 @@ def _model(question: Question) -> nn.Module:
     if question.shape is not None:
         return build_shape(question.shape, getattr(torch, question.dtype))
     assert question.model is not None
-    if not question.meta:
-        return load_model(question.model, dtype=question.dtype)  # type: ignore[arg-type]
     try:
-        config = AutoConfig.from_pretrained(str(Path(question.model).expanduser()))
+        config: Any = AutoConfig.from_pretrained(str(Path(question.model).expanduser()))
     except (OSError, ValueError) as error:
+        if not question.meta:
+            # Tells what is wrong with the name.
+            return load_model(question.model)
         raise ValueError(
             f"{question.model!r} has no configuration to plan with: {' '.join(str(error).split())}"
         ) from error
+    kind = next(iter(getattr(config, "architectures", None) or ()), "ForCausalLM")
+    head = next((head for end, head in _HEADS.items() if kind.endswith(end)), None)
+    if head is None:
+        ends = ", ".join(_HEADS)
+        raise ValueError(
+            f"{question.model!r} is a {kind}; models are planned here whose names end in {ends}. A run tells what its "
+            "callbacks will cost before the first step of any model"
+        )
+    if not question.meta:
+        return load_model(question.model, head, question.dtype)  # type: ignore[arg-type]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).to(getattr(torch, question.dtype))
+        return AUTO_CLASSES[head].from_config(config).to(getattr(torch, question.dtype))
+
+
+def _with_labels(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """A batch of tokens with labels that the model's class can have."""
+    name, labels = type(model).__name__, ids
+    if name.endswith("ForTokenClassification"):
+        labels = torch.zeros_like(ids)
+    elif name.endswith("ForSequenceClassification"):
+        labels = ids.new_zeros(len(ids))
+    return {"input_ids": ids, "labels": labels}
 
 
 def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Question]:
@@ -401,8 +475,8 @@ def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Questi
             trainer, data = (config.get(name) or {} for name in ("trainer", "data"))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             raise ValueError(f"{path} is no configuration: {' '.join(str(error).split())}") from error
-        specs = list(trainer["callbacks"]) if trainer.get("callbacks") else specs
-        specs += trainer.get("callbacks+") or []
+        specs = _listed(trainer["callbacks"]) if trainer.get("callbacks") else specs
+        specs = [*specs, *_listed(trainer.get("callbacks+") or [])]
         options = data.get("init_args", data)
         read = {"steps": trainer.get("max_steps"), "batch_size": options.get("batch_size")}
         read["length"] = options.get("block_size") or options.get("max_length")
@@ -415,10 +489,17 @@ def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Questi
     return callbacks, replace(question, **given)
 
 
-def _instance(spec: Mapping[str, Any]) -> AnalysisCallback[Any] | None:
+def _listed(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _instance(spec: Any) -> AnalysisCallback[Any] | None:
     """A callback of a configuration; None where it is not one that analyses."""
-    path = str(spec.get("class_path", ""))
-    foreign = "." in path and not path.startswith("lightning_goldy.")
+    spec = {"class_path": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
+        raise ValueError(f"trainer.callbacks holds {spec!r}; a callback is its class_path, with init_args beside it")
+    path = spec["class_path"]
+    foreign = not path.startswith("lightning_goldy.") if "." in path else hasattr(lightning.pytorch.callbacks, path)
     if foreign or path.rpartition(".")[2] in ("ExactResume", "RunReport"):
         return None
     parser = ArgumentParser(exit_on_error=False)
@@ -427,7 +508,7 @@ def _instance(spec: Mapping[str, Any]) -> AnalysisCallback[Any] | None:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
         callback: AnalysisCallback[Any] = instantiate(parser.parse_object({"callback": dict(spec)})).callback
     except Exception as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {plain_reason(str(error)).removeprefix('callback: ')}") from error
     return callback
 
 

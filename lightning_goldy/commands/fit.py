@@ -113,6 +113,8 @@ def plain_reason(message: str) -> str:
         close = difflib.get_close_matches(name, _callbacks(), n=1)
         meant = f"{name} is no path of a class; did you mean lightning_goldy.callbacks.{''.join(close)}?"
         message = message.replace(f"Expected a dot import path string: {name}", meant) if close else message
+    # How a class can be written, after every value that is none.
+    message = re.sub(r"\n\s*Subclass types expect one of:(?:\n\s*- a (?:class path|dict) .*)*", "", message)
     lines = [line.strip().removeprefix("- ").strip() for line in message.split("\n")]
     nested = re.findall(r"NestedArg\(key='([\w.]+)'", message)
     key = next(iter(re.findall(r'(?:Parser key|Validation failed: Key) "([\w.\[\]]+)"', message)), "")
@@ -120,6 +122,11 @@ def plain_reason(message: str) -> str:
     # The most specific reason stands deepest; a plain mismatch of types says least.
     told = [line for line in reasons if not line.startswith(("Expected ", "Not a valid subclass"))] or reasons or lines
     where = ".".join([key, *nested[:1]]) if nested and not key.endswith(nested[0]) else key
+    keys = re.findall(r'Parser key "([\w.]+)":', message)
+    if len(keys) > 1 and told[0].startswith("Expected "):
+        # The option within the value, and what it was given.
+        where, given = ".".join(keys), re.search(r"Given value: (.*)", message)
+        told = [told[0] if "Got value" in told[0] or not given else f"{told[0]}. Got value: {given[1]}"]
     reason = printable(" ".join(told[:1] if len(told) > 1 and "Errors:" in message else told))
     return f"{where}: {reason}" if where and where not in reason else reason
 

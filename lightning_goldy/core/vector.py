@@ -620,6 +620,8 @@ _FACTORISED = 5.0
 _PIECE = 4096
 # Of a unit row the square that may lie within the others, and how often what has more is drawn anew.
 _WITHIN, _ATTEMPTS = 0.5, 3
+# Machine epsilons of the largest value, below which another is rounding: half of one is left where there is no other.
+_ROUNDING = 4
 
 
 def leading_directions(
@@ -703,8 +705,10 @@ def _combined(weights: Tensor, rows: Tensor, lengths: Tensor | None = None) -> T
 
 
 def _relative_residual(moved: Tensor, found: Tensor, values: Tensor) -> float:
+    """The largest over the values that products in this dtype can tell from zero."""
     residuals = (moved - found * values.to(found)[:, None]).norm(dim=1).double() / math.sqrt(2)
-    return float((residuals / values.clamp(min=torch.finfo(found.dtype).tiny)).max())
+    told = values > _ROUNDING * torch.finfo(found.dtype).eps * values[0]
+    return float((residuals[told] / values[told]).max()) if bool(told.any()) else 0.0
 
 
 def randomised_operations(rows: int, columns: int, top: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -44,7 +45,7 @@ Head = Literal[
 ]
 WeightDtype = Literal["float32", "bfloat16", "float16", "auto"]
 
-_AUTO_CLASSES: dict[str, Any] = {
+AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "seq2seq_lm": AutoModelForSeq2SeqLM,
     "masked_lm": AutoModelForMaskedLM,
@@ -116,8 +117,8 @@ def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float3
     folder = Path(name).expanduser()
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = _AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=weights)
-    except (OSError, ValueError) as error:
+        model = AUTO_CLASSES[head].from_pretrained(str(folder) if folder.is_dir() else name, dtype=weights)
+    except (OSError, ValueError, SafetensorError) as error:
         if folder.is_dir():
             raise ValueError(f"the folder {name!r} holds no loadable {head} model: {_one_line(error)}") from error
         # No name on the hub begins so, and what it says of its names is no help to who meant a folder.
@@ -132,7 +133,8 @@ def load_model(name: str, head: Head = "causal_lm", dtype: WeightDtype = "float3
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    # Of a class that has no such model every one that has is listed.
+    return " ".join(str(error).partition("Model type should be one of")[0].split())
 
 
 def _near(folder: Path) -> str:
@@ -224,7 +226,7 @@ def build_model(config: Mapping[str, Any], head: Head = "causal_lm", dtype: Weig
     check_config(config)
     options = {key: value for key, value in config.items() if key != "model_type"}
     built = AutoConfig.for_model(config["model_type"], **options)
-    auto_class = _AUTO_CLASSES[head]
+    auto_class = AUTO_CLASSES[head]
     if type(built) not in auto_class._model_mapping:
         raise ValueError(f"transformers has no {head} model of type {config['model_type']!r}")
     weights = getattr(torch, "float32" if dtype == "auto" else dtype)

@@ -9,7 +9,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 from lightning_goldy.analysis import change as change_module
-from lightning_goldy.analysis.change import parameter_distribution, weight_change
+from lightning_goldy.analysis.change import parameter_distribution, resemblances, weight_change
 from lightning_goldy.analysis.divergence import histogram_drift
 from lightning_goldy.core import ParameterVector
 from lightning_goldy.core.base import BaseParameters
@@ -341,6 +341,56 @@ def test_no_value_is_above_the_true_one_where_few_directions_hold_all_or_many_ar
         assert (strong.t() @ strong - torch.eye(strong.shape[1])).abs().max() < 1e-4
     moved = matrix.double() @ right[:, :held].double()
     assert (moved - left[:, :held].double() * found[:held]).norm(dim=0).max() < 1e-2 * found[0]
+
+
+def test_the_precision_of_a_training_is_not_that_of_its_decompositions() -> None:
+    """Under autocast the products of large matrices were rounded to bfloat16: their values were off by 4e-4."""
+    generator = torch.Generator().manual_seed(8)
+    layer = nn.Linear(400, 300, bias=False)
+    base = BaseParameters(ParameterVector.of(layer))
+    layer.weight.data += torch.randn(300, 400, generator=generator) * torch.logspace(0, -3, 400)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(parameter_distribution(layer, base, intruders_below=0.5))
+    assert found[0] == found[1]
+
+
+def test_resemblances_of_a_tall_matrix_are_those_of_the_whole() -> None:
+    """An embedding has more rows than are worked on at a time."""
+    generator = torch.Generator().manual_seed(3)
+    base, directions = (
+        torch.linalg.qr(torch.randn(9001, n, generator=generator, dtype=torch.float64)).Q.float() for n in (7, 3)
+    )
+    expected = (base.double().t() @ directions.double()).abs().amax(dim=0)
+    assert resemblances(directions, base) == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["product", "few rows"])
+def test_the_error_of_singular_values_is_of_those_that_are_not_rounding(kind: str, rank: int) -> None:
+    """A change of two directions has two singular values; the error of the six zeros beside them was told as 1e12."""
+    generator = torch.Generator().manual_seed(rank)
+    delta = torch.randn(300, rank, generator=generator) @ torch.randn(rank, 420, generator=generator)
+    if kind == "few rows":
+        delta = torch.zeros(300, 420)
+        delta[:rank] = torch.randn(rank, 420, generator=generator)
+    layer = nn.Linear(420, 300, bias=False)
+    layer.weight.data.zero_()
+    base = BaseParameters(ParameterVector.of(layer))
+    layer.weight.data += delta
+    row = parameter_distribution(layer, base).rows[0]
+    values, exact = np.array(row["singular_values"]), torch.linalg.svdvals(delta.double()).numpy()
+    assert values[:rank] == pytest.approx(exact[:rank], rel=1e-5)
+    assert (values[rank:] < 1e-6 * values[0]).all()
+    assert 0 < row["singular_value_error"] < 1e-5
+    # What is small but no rounding counts.
+    layer.weight.data += 1e-4 * torch.randn(300, 420, generator=generator)
+    small = parameter_distribution(layer, base).rows[0]
+    exact = torch.linalg.svdvals(layer.weight.detach().double()).numpy()
+    nearest = np.abs(np.array(small["singular_values"])[:, None] - exact[None]).min(axis=1)
+    assert 1e-4 < small["singular_value_error"] < 0.1
+    assert (nearest <= (small["singular_value_error"] + 1e-6) * np.array(small["singular_values"])).all()
 
 
 def test_directions_that_nothing_near_them_leads_to_are_found_from_anew(monkeypatch: pytest.MonkeyPatch) -> None:

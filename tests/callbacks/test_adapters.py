@@ -122,8 +122,8 @@ def test_an_unknown_space_is_refused(make: Any) -> None:
 
 def test_low_precision_is_told_by_every_row(tmp_path) -> None:
     snapshot, taylor = GoldenSnapshot(every_n_steps=None), TaylorDiff(orders=[1], by=None, n_samples=2)
-    golden = GoldenParameters(n_samples=2)
-    callbacks = [snapshot, taylor, golden, RunReport()]
+    golden, distribution = GoldenParameters(n_samples=2), ParameterDistribution()
+    callbacks = [snapshot, taylor, golden, distribution, RunReport()]
     fit(tmp_path, callbacks, module=Adapted, max_epochs=1, precision="bf16-mixed", limit_train_batches=3)
     floor = last_row(snapshot)
     assert floor["result"]["precision"]["dtype"] == "bfloat16"
@@ -133,6 +133,9 @@ def test_low_precision_is_told_by_every_row(tmp_path) -> None:
     assert last_row(taylor)["result"]["precision"]["training"] == "bfloat16"
     assert last_row(golden)["result"]["precision"] == {"dtype": "bfloat16", "by": "autocast", "epsilon": 2**-7}
     assert "computed in bfloat16 (autocast)" in last_row(golden)["headline"]
+    # Weights of float32 are looked at in float32.
+    assert "precision" not in last_row(distribution)["result"]
+    assert "bfloat16" not in last_row(distribution)["headline"]
     page = next(tmp_path.glob("**/report.html")).read_text()
     assert "Computed in float32, while the training computes in bfloat16 (autocast)." in page
     assert "by whose rounding alone weights change by" in page

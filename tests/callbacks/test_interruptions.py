@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 import lightning_goldy.callbacks.golden_snapshot as snapshots
 from lightning_goldy.analysis.heads import PruningSchedule, Recovery, Scoring
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, HeadPlasticity, RunReport, TaylorDiff
-from lightning_goldy.callbacks.engine.run_folder import FolderNotes, lock_folder
+from lightning_goldy.callbacks.engine.run_folder import POOL, FolderNotes, lock_folder
 from lightning_goldy.commands.demo import run_demo
 from lightning_goldy.commands.output import output_folder
 from lightning_goldy.core.files import append_row, atomic_write, read_rows, require_local
@@ -464,7 +464,7 @@ def test_addresses_of_this_machine_are_folders(tmp_path, monkeypatch):
     fit(tmp_path, [watcher], max_epochs=1, logger=CSVLogger(f"file://{tmp_path}/runs", name=None, version="a"))
     assert watcher.folder == tmp_path / "runs" / "a" / "goldy" / "golden_snapshot"
     assert steps(watcher.folder) == [8]
-    assert (tmp_path / "runs" / snapshots.POOL).is_dir()
+    assert (tmp_path / "runs" / POOL).is_dir()
     assert not (tmp_path / "file:").exists()
     assert require_local(Path("file:///runs/a")) == Path("/runs/a")
 

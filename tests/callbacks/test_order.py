@@ -10,10 +10,11 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_goldy import GoldyModule
 from lightning_goldy.callbacks import GoldenParameters, GoldenSnapshot, KnowledgeCoupling, RunReport, TaylorDiff
-from lightning_goldy.callbacks.golden_snapshot import POOL
+from lightning_goldy.callbacks.engine.run_folder import POOL
 from lightning_goldy.training.models import CheckpointOptions
 from tests.callbacks.training import TokenData, fit
 from tests.references.models import build
@@ -112,6 +113,24 @@ def test_older_checkpoints_keep_what_is_asked_for(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir() if path.is_dir()] == ["step=3"]
     with pytest.raises(ValueError, match=r"unknown checkpoints.pretrained.*'some'"):
         CheckpointOptions(pretrained="some")
+
+
+def test_a_run_that_is_refused_leaves_no_base(tmp_path):
+    """The snapshot is taken before a later callback is refused, and its base lay in the pool for ever."""
+    for callbacks in (
+        [GoldenSnapshot(), KnowledgeCoupling()],
+        [GoldenSnapshot(), TaylorDiff(n_samples=2), KnowledgeCoupling()],
+    ):
+        with pytest.raises(ValueError, match="pieces"):
+            fit(tmp_path / "alone", callbacks, max_epochs=1)
+    assert not list((tmp_path / "alone").rglob("*.safetensors"))
+    assert not (tmp_path / "alone" / POOL).exists()
+    # One that another run has stays.
+    fit(tmp_path, [GoldenSnapshot()], max_epochs=1)
+    (base,) = (tmp_path / POOL).iterdir()
+    with pytest.raises(ValueError, match="pieces"):
+        fit(tmp_path, [GoldenSnapshot(), KnowledgeCoupling()], max_epochs=1, logger=CSVLogger(tmp_path, version="b"))
+    assert list((tmp_path / POOL).iterdir()) == [base]
 
 
 def test_a_base_lies_on_the_disk_once(tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+import transformers
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, ViTConfig
 
 from lightning_goldy.cli import main
 from lightning_goldy.commands.doctor import SHAPES, Question, build_shape, planned, works_on
@@ -160,3 +161,91 @@ def test_in_a_pipe_names_of_callbacks_are_whole_and_empty_columns_left_out(folde
     heading = next(line for line in told.splitlines() if line.split()[:1] == ["callback"])
     assert "sent" not in heading.split()
     assert max(map(len, told.splitlines())) <= 130
+
+
+def planned_lines(told: str) -> list[str]:
+    return [line.split()[0] for line in told.partition("forecast: ")[2].splitlines()[2:] if line.startswith(" ")]
+
+
+def test_what_does_not_work_on_a_model_is_not_planned(folder, capsys):
+    """A model without attention and MLPs ended with the reason of one analysis, and no forecast of any."""
+    sizes = {"vocab_size": 53, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(folder / "mamba")
+    assert main(["doctor", "mamba", "--length", "8", "--steps", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "does not: cannot describe MambaForCausalLM" in told
+    assert "golden_parameters" in planned_lines(told)
+    assert not {"attention_tracker", "knowledge_coupling", "circuit_tracker"} & set(planned_lines(told))
+    # What is asked for is told.
+    (folder / "run.yaml").write_text(
+        OVERLAY.replace("GoldenParameters", "KnowledgeCoupling").replace("n_samples: 6,", "")
+    )
+    assert main(["doctor", "mamba", "--config", "run.yaml", "--length", "8"]) == 0
+    assert "knowledge_coupling: no forecast: cannot describe MambaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["SequenceClassification", "TokenClassification", "MaskedLM"])
+def test_a_model_is_planned_as_what_it_is(folder, capsys, end):
+    """A classifier was loaded as a language model, with a random head."""
+    config = BertConfig(vocab_size=53, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config.num_labels = 3
+    getattr(transformers, f"BertFor{end}")(config).save_pretrained(folder / "bert")
+    for more in ([], ["--meta"]):
+        assert main(["doctor", "bert", "--length", "8", *more]) == 0
+        told = capsys.readouterr().out
+        assert f"BertFor{end}, " in told
+        assert more or f"works: {53 if end == 'MaskedLM' else 3} classes" in told
+
+
+def test_a_model_without_tokens_is_refused_on_one_line(folder, capsys):
+    ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(folder / "vit")
+    assert main(["doctor", "vit"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert re.match(r"goldy: 'vit' is a ViTForImageClassification; models are planned here whose names end in", line)
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "match"),
+    [
+        ("3", r"trainer.callbacks holds 3; a callback is its class_path"),
+        ("[{init_args: {}}]", r"trainer.callbacks holds \{'init_args': \{\}\}"),
+        (
+            "[{class_path: lightning_goldy.callbacks.TaylorDiff, init_args: {order: 1}}]",
+            r"TaylorDiff: unknown 'order'; did you mean 'orders'",
+        ),
+        ("[lightning_goldy.callbacks.TaylorDif]", r"has no 'TaylorDif'; did you mean 'TaylorDiff'"),
+        (
+            "[{class_path: lightning_goldy.callbacks.TaylorDiff, init_args: {n_samples: abc}}]",
+            r"n_samples: Expected a <class 'int'>. Got value: abc",
+        ),
+    ],
+)
+def test_callbacks_that_cannot_be_read_are_told_on_one_line(folder, capsys, callbacks, match):
+    (folder / "bad.yaml").write_text(f"trainer: {{callbacks: {callbacks}}}")
+    assert main(["doctor", "model", "--config", "bad.yaml"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert re.search(match, line)
+    assert "Subtypes" not in line
+
+
+def test_callbacks_can_be_names_alone(folder, capsys):
+    names = "[ModelCheckpoint, lightning_goldy.callbacks.RunReport, lightning_goldy.callbacks.GoldenParameters]"
+    (folder / "names.yaml").write_text(f"trainer: {{callbacks: {names}}}")
+    assert main(["doctor", "model", "--config", "names.yaml", "--length", "8"]) == 0
+    assert planned_lines(capsys.readouterr().out) == ["golden_parameters"]
+
+
+def test_what_a_run_would_warn_of_and_refuse_is_told(folder, capsys, monkeypatch):
+    arguments = ["doctor", "model", "--config", "run.yaml", "--length", "8", "--steps", "1000"]
+    monkeypatch.setattr("lightning_goldy.callbacks.preflight._WORTH_TELLING", 0.0)
+    monkeypatch.setattr("lightning_goldy.callbacks.preflight._SHARE", 0.0)
+    assert main(arguments) == 0
+    assert "warning: the analyses take about" in capsys.readouterr().out
+    monkeypatch.setattr("lightning_goldy.commands.doctor.available_memory", lambda: 10)
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert "golden_parameters" in told.out
+    assert "a run would be refused: beside the training golden_parameters needs" in told.err
+    # Of another machine nothing is known.
+    assert main([*arguments, "--meta"]) == 0

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig
 
 from lightning_goldy.cli import main
 from lightning_goldy.commands.fit import callback_changes, change_callbacks
@@ -39,6 +40,11 @@ def words(tmp_path, monkeypatch):
         },
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=259, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ViTConfig().save_pretrained(tmp_path / "other")
     return ["fit", "--config", "run.yaml"]
 
 
@@ -57,6 +63,14 @@ def words(tmp_path, monkeypatch):
             ["--data=lightning_goldy.data.KnowledgeDataModule", "--data.path=bad.jsonl", "--data.tokenizer=bytes"],
             "bad.jsonl",
         ),
+        (["--callbacks.first.every_n_steps=abc"], "trainer.callbacks.every_n_steps: Expected a <class 'int'>. Got"),
+        (
+            ["--callbacks.first.log_scalars=3", "--callbacks.first.check=7"],
+            "callbacks.check: Expected a <class 'bool'>",
+        ),
+        (["--model.lora={rank: abc}"], "rank: Expected a <class 'int'>. Got value: abc"),
+        (["--model.model=cut"], "the folder 'cut' holds no loadable causal_lm model"),
+        (["--model.model=other"], "the folder 'other' holds no loadable causal_lm model: Unrecognized"),
         (["--callbacks.third.at=[start]"], "no callbacks are called 'third'; there are: first, second"),
     ],
 )

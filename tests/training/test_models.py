@@ -92,7 +92,7 @@ def test_a_missing_model_is_told_in_one_line_with_the_nearest_folder(tmp_path, m
     def fail(*_, **__):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
-    monkeypatch.setattr(models._AUTO_CLASSES["causal_lm"], "from_pretrained", fail)
+    monkeypatch.setattr(models.AUTO_CLASSES["causal_lm"], "from_pretrained", fail)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no local folder") as raised:
         load_model("finetune")

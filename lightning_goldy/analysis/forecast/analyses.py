@@ -572,6 +572,8 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
 _GIVEN_BACK = 32 << 20
 # Of an eigendecomposition without vectors, the part of one with them; timed elements per parameter that is read.
 _VALUES, _READ = 0.5, 12.0
+# Of a matrix whose whole spectrum is found its copies in float64, in timed elements: each time, and of the base once.
+_COPIED, _COPIED_ONCE = 24.0, 40.0
 
 
 def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intruders: bool = True) -> Forecast:
@@ -583,7 +585,7 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         exact_below: Largest side of a matrix whose whole spectrum is computed; None for all.
         intruders: Whether intruder directions are looked for.
     """
-    space, of_change, of_base = plan.space, 0, 0
+    space, of_change, of_base, of_exact, stays = plan.space, 0, 0, 0, 0
     work, once = Work(elements=_READ * space.numel, binned=1.0 * space.numel), Work()
     for shape in space.shapes:
         if len(shape) < 2 or min(shape[0], math.prod(shape[1:])) < 2:
@@ -591,6 +593,9 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         short, long = sorted((shape[0], math.prod(shape[1:])))
         if exact_below is None or short <= exact_below:
             each, first = _exact_spectrum(short, long, top, intruders)
+            # In float64 itself and its directions twice; of the base all directions stay.
+            of_exact = max(of_exact, (16 if intruders else 4) * short * long)
+            stays += 4 * intruders * short * long
         else:
             each, first = _randomised_spectrum(short, long, top, intruders)
             of_change = max(of_change, randomised_bytes(short, long, top))
@@ -604,7 +609,8 @@ def forecast_distribution(plan: Plan, *, top: int, exact_below: int | None, intr
         # The change, the changed weight and its decomposition, the directions that stay; what was freed before and is
         # not given back.
         memory=_largest_bytes(space, 8, 16)
-        + of_change
+        + max(of_change, of_exact)
+        + stays
         + 4 * sum(sides) * top * (4 if intruders else 1)
         + sum(part for part in (_largest_bytes(space, 4, 4), of_base) if part < _GIVEN_BACK),
         communicated=plan.communicated(Work(), gathered=8 * space.numel),
@@ -619,11 +625,13 @@ def _exact_spectrum(short: int, long: int, top: int, intruders: bool) -> tuple[W
     """
     known = min(short, long) if intruders else top
     work = Work(
+        elements=_COPIED * intruders * short * long,
         flops=2.0 * long * (3 * short**2 + 2 * top * short) if intruders else 2.0 * long * short**2,
         cubes=(2 + _VALUES if intruders else _VALUES) * short**3,
         normals=1.0 * intruders * short * long,
     )
-    return work, Work(flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
+    again = _COPIED_ONCE * intruders * short * long
+    return work, Work(elements=again, flops=2.0 * long * (short**2 + known * short), cubes=1.0 * short**3)
 
 
 def _randomised_spectrum(short: int, long: int, top: int, intruders: bool) -> tuple[Work, Work]:

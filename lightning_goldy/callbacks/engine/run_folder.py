@@ -49,6 +49,17 @@ def run_root(trainer: L.Trainer) -> Path:
     return require_local((trainer.loggers[0].save_dir if trainer.loggers else None) or trainer.default_root_dir)
 
 
+POOL = ".goldy_bases"
+"""The folder beside the runs in which each base lies once; runs that begin with it have a hard link to it."""
+
+
+def prune_bases(pool: Path) -> None:
+    """Removes the bases that no run has any more."""
+    for file in pool.glob("*.safetensors"):
+        if file.stat().st_nlink == 1:
+            file.unlink()
+
+
 def run_directory(trainer: L.Trainer) -> Path:
     """The folder of this run: the first logger's, or a numbered one below the default root; the same on all ranks.
 

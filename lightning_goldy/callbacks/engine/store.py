@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lightning_goldy.analysis.result import Cost, Row
-from lightning_goldy.callbacks.engine.run_folder import FolderNotes, checkpoint_folders, file_names, unlock_folder
+from lightning_goldy.callbacks.engine.run_folder import (
+    POOL,
+    FolderNotes,
+    checkpoint_folders,
+    file_names,
+    prune_bases,
+    unlock_folder,
+)
 from lightning_goldy.core.files import (
     append_row,
     atomic_path,
@@ -263,6 +270,14 @@ class ResultStore:
         """Takes back what was written since the folder was opened, for a run that does not begin after all."""
         if not self.write or not self.folder.is_dir():
             return
+        self._put_back()
+        for parent in self.folder.parents:
+            # The base that it began with, where no other run has it.
+            prune_bases(parent / POOL)
+            with suppress(OSError):
+                (parent / POOL).rmdir()
+
+    def _put_back(self) -> None:
         if self._aside is not None:
             shutil.rmtree(self.folder)
             self._aside.rename(self.folder)
