@@ -50,10 +50,10 @@ _PASS = 3
 # are exchanged.
 _GROWTH, _GROWING = 0.7, 11
 # Share of the rounds in which small masks grow and then, where so many are left at least, shrink.
-_STARTING, _LEAST = 0.75, 12
+_STARTING, _LEAST = 0.85, 12
 # How many times the budget they shrink from, one way after another: the first in so many rounds at most, the others in
-# equal parts of what is left where that is so many each.
-_WIDTHS, _FIRST, _WAY = (30, 8, 16), 91, 30
+# equal parts of what is left, of so many rounds at least and at most.
+_WIDTHS, _FIRST, _OTHERS = (30, 8, 16), 91, (30, 54)
 # The widths that the best mask is widened to in turn, the rounds of each, and the share of all in which that happens.
 _WIDER, _BREATH, _ENDING = (1.5, 2.0), 16, 0.95
 # The share of a way in which the budget is reached.
@@ -469,8 +469,8 @@ class MaskSearch:
         left = int(_STARTING * self.rounds) - self._steps
         if not self.exact or left < _LEAST:
             return []
-        others = _WIDTHS[1 : 1 + max(0, left - _FIRST) // _WAY]
-        each = (left - _FIRST) // len(others) if others else 0
+        others = _WIDTHS[1 : 1 + max(0, left - _FIRST) // _OTHERS[0]]
+        each = min(_OTHERS[1], (left - _FIRST) // max(1, len(others)))
         return [(_WIDTHS[0], min(left, _FIRST)), *((width, each) for width in others)]
 
     def run(self) -> None:

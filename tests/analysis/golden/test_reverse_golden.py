@@ -233,6 +233,7 @@ def test_the_strategy_is_not_ignored():
     [
         ({}, [30, 8, 16]),
         ({"rounds": 180}, [30, 8]),
+        ({"rounds": 120}, [30]),
         ({"rounds": 50}, [30]),
         ({"rounds": 12}, []),
         ({"strategy": "none"}, []),
@@ -267,8 +268,8 @@ def test_small_masks_shrink_after_they_have_grown(options, ways, monkeypatch):
         assert sizes[-1] == result.count
     again = starts[len(first) :]
     assert all(sizes[0] <= width * result.count + len(result.masked) for width, _, sizes, _ in again)
-    # Of 50 rounds no 16 are left.
-    assert bool(again) == (bool(ways) and options.get("rounds") != 50)
+    # Of fewer rounds no 16 are left.
+    assert bool(again) == (len(ways) > 1)
     assert result.passes <= options.get("rounds", 40 if options.get("exact") == 0 else 280) + 1
 
 
