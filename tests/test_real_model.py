@@ -22,6 +22,7 @@ from lightning_goldy.analysis import (
     head_importance,
     knowledge_coupling,
     parameter_distribution,
+    reverse_golden_parameters,
     taylor_diff,
 )
 from lightning_goldy.analysis.change import weight_change
@@ -36,6 +37,13 @@ TEXTS = (
     "Water boils at one hundred degrees Celsius at sea level, and freezes at zero degrees.",
     "She opened the door, looked into the dark room, and slowly stepped back into the hall.",
     "To be, or not to be, that is the question: whether it is nobler in the mind to suffer.",
+)
+
+QUESTIONS = (
+    "What is the name of the largest planet of the solar system? Jupiter. Which one is nearest to the sun?",
+    "Who wrote the novel War and Peace, and in which year was its author born? Leo Tolstoy, in 1828.",
+    "Which river flows through the city of Vienna? The Danube, which ends in the Black Sea after ten countries.",
+    "Are more people living in Canada or in Spain? In Spain, which has about 48 million inhabitants today.",
 )
 
 
@@ -82,6 +90,21 @@ def test_golden_parameters_are_explained_by_rows_and_columns_more_than_by_chance
     assert result.count > 5 * 0.05**3 * result.mask.space.numel
     assert 0.1 < result.over_null < 10
     assert result.cost.forwards == result.cost.backwards == 6
+
+
+def test_a_budget_of_one_element_finds_the_super_weight(
+    model: Any, tokenizer: Any, batches: list[dict[str, torch.Tensor]]
+) -> None:
+    """It lies in a down projection, does more than any single shot's, and as much on texts that did not choose."""
+    questions = [{"input_ids": torch.tensor([tokenizer.encode(text)])} for text in QUESTIONS]
+    result = reverse_golden_parameters(
+        model, questions, eval_batches=batches, top_k_percent=1e-9, scope="global", rounds=2
+    )
+    assert result.count == 1
+    (place,) = [name for name in result.mask.space.names if result.mask[name].any()]
+    assert place.endswith("mlp.down_proj.weight")
+    assert result.kl_divergence >= 3
+    assert result.kl_divergence > 2 * max(result.single_shots.values())
 
 
 def test_a_small_step_is_told_by_its_first_order(

@@ -251,7 +251,7 @@ def test_sampling_follows_from_a_budget_and_never_exceeds_what_is_given() -> Non
         (lambda budget: BasinVolume(8, n_samples=8, budget=budget), 3.0),
         (lambda budget: TaylorDiff((1, 2), n_samples=16, budget=budget), 3.0),
         (lambda budget: KnowledgeCoupling(PIECES * 8, n_pieces=40, budget=budget), 12.0),
-        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 40.0),
+        (lambda budget: ReverseGoldenParameters(n_samples=8, budget=budget), 80.0),
     ):
         run, allowed = Run(1000, step_seconds=step_seconds), 0.1 * 1000 * step_seconds
         free, tight = make(0.999), make(0.1)

@@ -79,16 +79,23 @@ def best_by_enumeration(weights: Tensor, size: int, divergence) -> tuple[float, 
 
 
 def shrunk_reference(
-    model: nn.Module, scores: dict[str, Tensor], percent: float, scope: str, swings: Sequence[float], logits
+    model: nn.Module,
+    scores: dict[str, Tensor],
+    percent: float,
+    scope: str,
+    swings: Sequence[float],
+    logits,
+    *,
+    start: float = 30.0,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The best mask of the budget on the way from 30 times as many, each of the largest average gains so far.
+    """The best mask of the budget on the way from ``start`` times as many, each of the largest average gains so far.
 
     Args:
         swings: What a strategy makes each round of the mask's size while it is above the budget; one for every round.
     """
     groups = [list(scores)] if scope == "global" else [[name] for name in scores]
     means = {name: torch.zeros_like(each) for name, each in scores.items()}
-    values, factor, found = scores, 30.0, []
+    values, factor, found = scores, start, []
     for step, swing in enumerate(swings, start=1):
         mask = _largest_of_groups(values, groups, percent, factor)
         if factor == 1.0:
@@ -100,7 +107,7 @@ def shrunk_reference(
             # Where all that a tensor feeds is masked, nothing that is masked in it matters.
             shares = {name: gains[name] / total if total else torch.zeros_like(gains[name]) for name in group}
             means |= {name: 0.8 * means[name] + 0.2 * shares[name] for name in group}
-        width = 30 ** (1 - step / (0.8 * len(swings)))
+        width = start ** (1 - step / (0.8 * len(swings)))
         values, factor = means, width * swing if width > 1 else 1.0
     mask = _largest_of_groups(values, groups, percent, factor)
     found.append((masked_divergence_reference(model, mask, logits), mask))

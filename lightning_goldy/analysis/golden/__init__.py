@@ -3,6 +3,7 @@
 from lightning_goldy.analysis.agreement import row_column_null
 from lightning_goldy.analysis.golden.budget import Fluctuation, check_search_arguments, register_strategy
 from lightning_goldy.analysis.golden.golden import (
+    SINGLE_SHOTS,
     GoldenResult,
     check_golden_arguments,
     golden_parameters,
@@ -10,7 +11,6 @@ from lightning_goldy.analysis.golden.golden import (
     watched_elements,
 )
 from lightning_goldy.analysis.golden.reverse import (
-    SINGLE_SHOTS,
     ReverseGoldenResult,
     Search,
     reverse_golden_parameters,

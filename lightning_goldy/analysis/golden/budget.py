@@ -388,8 +388,8 @@ class MeanGains:
         self.values: dict[str, Tensor] = {}
         """This process's part of each tensor."""
 
-    def add(self, gains: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
-        """Takes the gains at a mask in, which are left as they are."""
+    def add(self, gains: Mapping[str, Tensor], mask: Mapping[str, Tensor], *, weight: float = 1 - _MEMORY) -> None:
+        """Takes the gains at a mask in, which are left as they are; the weight is of the new ones."""
         device = next(iter(gains.values())).device.type
         # Some accelerators have no float64.
         dtype = torch.float32 if device == "mps" else torch.float64
@@ -400,7 +400,7 @@ class MeanGains:
             total = sum(totals[name] for name in group)
             for name in group:
                 mean = self.values.setdefault(name, torch.zeros_like(gains[name]))
-                mean.mul_(_MEMORY).add_(gains[name], alpha=(1 - _MEMORY) / total if total > 0 else 0.0)
+                mean.mul_(1 - weight).add_(gains[name], alpha=weight / total if total > 0 else 0.0)
 
 
 class ComputedScores(Mapping[str, Tensor]):

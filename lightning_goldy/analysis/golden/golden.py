@@ -18,12 +18,23 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.agreement import row_column_nulls
 from lightning_goldy.analysis.divergence import own_share, precise
-from lightning_goldy.analysis.golden.budget import Budget, Mask, counts_by_expert, expert_sizes, largest_of
+from lightning_goldy.analysis.golden.budget import (
+    Budget,
+    ComputedScores,
+    Mask,
+    counts_by_expert,
+    expert_sizes,
+    largest_of,
+)
 from lightning_goldy.analysis.gradients import (
+    SharedDivergence,
     backward,
     gradient_part,
     only_these_require_gradients,
     require_gradients,
+    streamed_gradients,
+    taken_gradients,
+    zeros_like_parts,
 )
 from lightning_goldy.analysis.result import AnalysisResult, Cost, tensor_rows
 from lightning_goldy.core.architecture.blocks import expert_counts, expert_names
@@ -55,6 +66,9 @@ _BITS = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 _FEW = 1 << 16
 # The change of rates, relative, at which those without a sample are fitted.
 _NEARLY = 1e-5
+
+SINGLE_SHOTS = ("gradient", "taylor", "fisher")
+"""The scores that every reverse search is measured against."""
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """``score(gradient, value)``: both in at least float32, the gradient free to be overwritten; larger is stronger."""
@@ -692,3 +706,71 @@ def check_golden_arguments(top_k_percent: float, score: str, scope: str, quorum:
         raise ValueError(f"quorum must lie in (0, 1]; got {quorum}")
     if n_samples is not None:
         require_at_least("n_samples", n_samples, 1)
+
+
+def single_shot_scores(
+    model: nn.Module,
+    samples: SharedDivergence,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    wanted: Sequence[str],
+    *,
+    value: Callable[[str], Tensor] | None = None,
+) -> dict[str, Mapping[str, Tensor]]:
+    r"""Sums of scores over samples, a forward and backward pass each, by name of the score.
+
+    .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
+
+    The last is, up to a factor, the second-order estimate of the divergence that zeroing one element causes, with the
+    Fisher matrix's diagonal taken at the data's own labels. At the unmasked weights the divergence has no gradient.
+
+    Args:
+        model: The unmasked module.
+        samples: The pieces, whose samples are taken one by one.
+        objective: Gives the log-probabilities to differentiate.
+        parameters: Name to parameter.
+        wanted: Registered scores; what none of them needs is not summed. At most one is none of the three.
+        value: This process's part of an unmasked weight by name; by default what the parameters are when asked.
+
+    Returns:
+        Name of a score to name of a parameter to this process's part, in at least float32; ``taylor`` and ``fisher``
+        are computed from the sums when a tensor is asked for.
+
+    Raises:
+        ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
+    """
+    extra = next((name for name in wanted if name not in SINGLE_SHOTS), "")
+    first, second, own = (
+        zeros_like_parts(parameters) if needed else {}
+        for needed in ({"gradient", "taylor"} & set(wanted), "fisher" in wanted, extra)
+    )
+    seen: set[str] = set()
+    samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
+
+    def unmasked(name: str) -> Tensor:
+        return precise(local(parameters[name]) if value is None else value(name))
+
+    def add(name: str, gradient: Tensor) -> None:
+        seen.add(name)
+        if own:
+            own[name] += SCORES[extra](gradient.clone(), unmasked(name))
+        if second:
+            second[name].addcmul_(gradient, gradient)
+        if first:
+            first[name] += gradient.abs_()
+
+    with streamed_gradients(parameters, add):
+        # Sample by sample, so that the scores do not depend on how samples were batched.
+        for sample in (sample for piece in samples.pieces for sample in objective.samples(piece)):
+            backward(objective.log_probs(model, sample).mean())
+            for name, gradient in taken_gradients(model, parameters):
+                add(name, gradient)
+    require_gradients(parameters, seen, samples.replicas)
+    for part in (*first.values(), *second.values(), *own.values()):
+        samples.replicas.sum_(part)
+    scores = {
+        "gradient": first,
+        "taylor": ComputedScores(first, lambda name: first[name] * unmasked(name).abs()),
+        "fisher": ComputedScores(second, lambda name: second[name] * unmasked(name).square()),
+    }
+    return {name: {**scores, extra: own}[name] for name in wanted}

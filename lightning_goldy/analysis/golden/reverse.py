@@ -27,17 +27,12 @@ from lightning_goldy.analysis.golden.budget import (
     finite_scores,
     largest_activations,
 )
-from lightning_goldy.analysis.golden.golden import SCORES, MaskResult
+from lightning_goldy.analysis.golden.golden import SCORES, SINGLE_SHOTS, MaskResult, single_shot_scores
 from lightning_goldy.analysis.gradients import (
     NotDifferentiableError,
     SharedDivergence,
-    backward,
     only_these_require_gradients,
     pieces_of,
-    require_gradients,
-    streamed_gradients,
-    taken_gradients,
-    zeros_like_parts,
 )
 from lightning_goldy.analysis.result import Cost
 from lightning_goldy.core.architecture.blocks import expert_counts
@@ -45,25 +40,28 @@ from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel, PackedMask, ParameterMask, Scope
 from lightning_goldy.core.naming import require_at_least, require_kinds, suggestion
 from lightning_goldy.core.objective import Objective, objective_for
-from lightning_goldy.core.sharding import Replicas, gather, like, local
+from lightning_goldy.core.sharding import Replicas, gather, like
 from lightning_goldy.core.space import ParameterSpace
 from lightning_goldy.core.vector import require_finite
-
-SINGLE_SHOTS = ("gradient", "taylor", "fisher")
-"""The scores that every search is measured against."""
 
 # A forward and a backward pass in units of forward passes.
 _PASS = 3
 # Share of the rounds in which the mask grows to the whole budget, and their number at most; in the others its elements
 # are exchanged.
 _GROWTH, _GROWING = 0.7, 11
-# Share of the rounds in which small masks grow and then, where so many are left at least, shrink from so many times the
-# budget to the budget, in so much of those.
-_STARTING, _LEAST, _WIDTH, _NARROWING = 0.85, 12, 30, 0.8
+# Share of the rounds in which small masks grow and then, where so many are left at least, shrink.
+_STARTING, _LEAST = 0.85, 12
+# How many times the budget they shrink from, one way after another: the first in so many rounds at most, the others in
+# equal parts of what is left, of so many rounds at least and at most.
+_WIDTHS, _FIRST, _OTHERS = (30, 8, 16), 91, (30, 54)
+# The widths that the best mask is widened to in turn, the rounds of each, and the share of all in which that happens.
+_WIDER, _BREATH, _ENDING = (1.5, 2.0), 16, 0.95
+# The share of a way in which the budget is reached.
+_NARROWING = 0.8
 # Exchanges tried for each round at most.
 _TRIALS = 3
 # Rounds where none are given: as a rule, of masks that shrink, and above so many elements, where one takes minutes.
-_ROUNDS, _SHRINKING_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 120, 8, 100_000_000
+_ROUNDS, _SHRINKING_ROUNDS, _LARGE_ROUNDS, _LARGE = 40, 280, 8, 100_000_000
 # Elements from which on sums of scores are held one after the other, each with passes of its own.
 _APART = 1_000_000_000
 # The largest mask of which single elements are measured.
@@ -84,7 +82,7 @@ class Search:
     Args:
         score: Registered score of the unmasked model to start from.
         rounds: Forward and backward passes under the masked model at most; one more scores the unmasked one. By default
-            40, of masks of up to 16,384 elements 120, and 8 where more than 100 M elements may be masked.
+            40, of masks of up to 16,384 elements 280, and 8 where more than 100 M elements may be masked.
         exact: Elements that are measured one by one, by a forward pass each, after at most sixteen times as many trials
             of pairs; none where a mask has more than 16,384.
         chunk_size: Samples of one forward and backward pass, to bound the memory; the batches' own size by default.
@@ -123,7 +121,7 @@ class Search:
 
         Example:
             >>> Search().rounds_for(10**7, 10**6), Search().rounds_for(10**7, 10**4), Search().rounds_for(10**9, 10**4)
-            (40, 120, 8)
+            (40, 280, 8)
         """
         usual = _SHRINKING_ROUNDS if self.exact_for(budget) else _ROUNDS
         return self.rounds or (_LARGE_ROUNDS if elements > _LARGE else usual)
@@ -242,9 +240,10 @@ def reverse_golden_parameters(
     :math:`s = -\nabla F \odot \theta`; round after round the mask grows to the budget. In each round the strategy
     sizes a pool somewhat larger than what is wanted, in which masked elements may lose their place; its best mask is
     kept when a forward pass shows it better than the greedy one. At the whole budget elements are exchanged until the
-    single best exchange to first order brings nothing. Masks of up to 16,384 elements also shrink, from 30 times the
-    budget, to the elements whose s was the largest on average over the way; in the better of the two pairs and single
-    candidates (also those of the largest activations) are then exchanged where a measurement shows that it helps.
+    single best exchange to first order brings nothing. Masks of up to 16,384 elements also shrink, from 30, 8 and 16
+    times the budget, to the elements whose s was the largest on average over the way; the best of all is widened a
+    little and shrinks again while that helps, and in what comes of it pairs and single candidates (also those of the
+    largest activations) are exchanged where a measurement shows that it helps.
     What is returned is the best mask of the whole budget that was measured, the masks of all single-shot scores among
     them. The model comes back as it was, to the bit. On several ranks the samples are shared out; every rank must call.
 
@@ -434,8 +433,9 @@ class MaskSearch:
         self.rounds = self.settings.rounds_for(sum(self.budget.numels), marked)
         self._steps = min(_GROWING, self.rounds if self._greedy else max(1, math.ceil(_GROWTH * self.rounds)))
         self._pool_factor = self.fluctuation.strategy(self.strategy, self.settings.seed)
-        # A part of the budget, and many times the budget.
-        self._started, self._wide = PackedMask(()), PackedMask(())
+        # A part of the budget, and many times the budget in several widths.
+        self._started = PackedMask(())
+        self._wide: list[tuple[int, int, PackedMask]] = []
         self._notable: list[list[Element]] = []
         self._alone: dict[Element, float] = {}
         self._outside = Outside()
@@ -460,26 +460,32 @@ class MaskSearch:
             scores: This process's part of each tensor.
         """
         self._started = PackedMask(self.budget.selections(scores, self.budget.sizes(1 / (self._steps + 1))))
-        if self._shrinking:
-            self._wide = PackedMask(self.budget.selections(scores, self.budget.pools(self.budget.sizes(), _WIDTH)))
+        for width, rounds in self._ways():
+            pools = self.budget.pools(self.budget.sizes(), width)
+            self._wide.append((width, rounds, PackedMask(self.budget.selections(scores, pools))))
 
-    @property
-    def _shrinking(self) -> int:
-        """Rounds in which a small mask shrinks; none where few are left for it."""
+    def _ways(self) -> list[tuple[int, int]]:
+        """From how many times the budget a small mask shrinks, and in how many rounds; none where few are left."""
         left = int(_STARTING * self.rounds) - self._steps
-        return left if self.exact and left >= _LEAST else 0
+        if not self.exact or left < _LEAST:
+            return []
+        others = _WIDTHS[1 : 1 + max(0, left - _FIRST) // _OTHERS[0]]
+        each = min(_OTHERS[1], (left - _FIRST) // max(1, len(others)))
+        return [(_WIDTHS[0], min(left, _FIRST)), *((width, each) for width in others)]
 
     def run(self) -> None:
         """Searches from where it was started until the rounds are spent or no exchange brings anything."""
         alone = self._measure_alone() if self.budget.total(self.budget.sizes()) < self.exact else None
         grown = self._grow(self._started)
-        if self._shrinking:
-            grown = max(grown, self._shrink(), key=lambda found: found.value)
+        shrinks = bool(self._wide)
+        while self._wide:
+            width, rounds, wide = self._wide.pop(0)
+            grown = max(grown, self._shrink(wide, width, rounds), key=lambda found: found.value)
         if not self._greedy:
             # Not from the best mask so far: that of a single shot may lead nowhere, and it is not forgotten.
             gain = self._exchange(grown)
             if self.exact:
-                gain = self._exchange_pairs(gain)
+                gain = self._exchange_pairs(self._breathe(gain) if shrinks else gain)
                 assert self.best is not None
                 self._exchange_one_by_one(_Valued(self.best, self.best_divergence), gain)
                 if alone is not None:
@@ -513,17 +519,24 @@ class MaskSearch:
             gain = None if moved else gain
         return now
 
-    def _shrink(self) -> _Valued:
-        """Masks that shrink to the budget, made of the elements whose gains were the largest on average."""
-        sizes, means, now = self.budget.sizes(), MeanGains(self.budget), self._wide
-        self._wide, best = PackedMask(()), _Valued(now, -math.inf)
-        for step in range(1, self._shrinking + 1):
+    def _shrink(self, now: PackedMask, width: float, rounds: int, means: MeanGains | None = None) -> _Valued:
+        """Masks that shrink to the budget, made of the elements whose gains were the largest on average.
+
+        Args:
+            now: Of about so many times the budget.
+            width: What the size starts from, as a multiple of the budget.
+            rounds: Of which the last ones are at the budget.
+            means: Of the gains so far, where a mask of the budget was widened; the strategy has no part then.
+        """
+        sizes, best, fluctuates = self.budget.sizes(), _Valued(now, -math.inf), means is None
+        means = MeanGains(self.budget) if means is None else means
+        for step in range(1, rounds + 1):
             gain = self._gains(now)
             if gain is None:
                 break
             means.add(gain, now)
-            factor = _WIDTH ** (1 - step / (_NARROWING * self._shrinking))
-            factor = factor * self._pool_factor(step, 0.0) if factor > 1 else 1.0
+            factor = width ** max(0.0, 1 - step / (_NARROWING * rounds))
+            factor *= self._pool_factor(step, 0.0) if fluctuates and factor > 1 else 1.0
             pools = self.budget.pools(sizes, factor)
             now = PackedMask(self.budget.selections(means.values, pools))
             if pools == sizes:
@@ -532,6 +545,25 @@ class MaskSearch:
                 self._keep(found)
                 self._record({"greedy": found}, "greedy", sizes, sizes, 1.0)
         return best
+
+    def _breathe(self, gain: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        """Widens the best mask by what promises most and lets it shrink again, until no width brings anything."""
+        failures, sizes = 0, self.budget.sizes()
+        for width in itertools.cycle(_WIDER):
+            if failures == len(_WIDER) or self.passes + _BREATH >= _ENDING * self.rounds:
+                return gain
+            assert self.best is not None
+            before = self.best_divergence
+            gain = self._gains(self.best) if gain is None else gain
+            if gain is None:
+                return None
+            pools, means = self.budget.pools(sizes, width), MeanGains(self.budget)
+            means.add(gain, self.best, weight=1.0)
+            self._shrink(self._reselected(gain, self.best, pools, pools), width, _BREATH - 1, means)
+            improved = self.best_divergence - before
+            failures = 0 if improved > self.fluctuation.min_delta else failures + 1
+            gain = None
+        return gain
 
     def _exchange(self, now: _Valued) -> Mapping[str, Tensor] | None:
         """Exchanges of elements until the single best one to first order brings nothing; the scores at the end."""
@@ -726,71 +758,3 @@ class MaskSearch:
         values = {"greedy_kl": tried["greedy"].value, "pool_kl": tried["pool"].value if "pool" in tried else None}
         outcome = {"kl": tried[kept].value, "kept": kept, "accepted": kept == "pool", "best_kl": self.best_divergence}
         self.history.append({**place, "factor": factor, **values, **outcome})
-
-
-def single_shot_scores(
-    model: nn.Module,
-    samples: SharedDivergence,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    wanted: Sequence[str],
-    *,
-    value: Callable[[str], Tensor] | None = None,
-) -> dict[str, Mapping[str, Tensor]]:
-    r"""Sums of scores over samples, a forward and backward pass each, by name of the score.
-
-    .. math:: \sum_i |g_i|, \qquad \sum_i |g_i \theta|, \qquad \sum_i g_i^2 \theta^2
-
-    The last is, up to a factor, the second-order estimate of the divergence that zeroing one element causes, with the
-    Fisher matrix's diagonal taken at the data's own labels. At the unmasked weights the divergence has no gradient.
-
-    Args:
-        model: The unmasked module.
-        samples: The pieces, whose samples are taken one by one.
-        objective: Gives the log-probabilities to differentiate.
-        parameters: Name to parameter.
-        wanted: Registered scores; what none of them needs is not summed. At most one is none of the three.
-        value: This process's part of an unmasked weight by name; by default what the parameters are when asked.
-
-    Returns:
-        Name of a score to name of a parameter to this process's part, in at least float32; ``taylor`` and ``fisher``
-        are computed from the sums when a tensor is asked for.
-
-    Raises:
-        ValueError: No parameter has received a gradient. One that the objective ignores has scores of zero.
-    """
-    extra = next((name for name in wanted if name not in SINGLE_SHOTS), "")
-    first, second, own = (
-        zeros_like_parts(parameters) if needed else {}
-        for needed in ({"gradient", "taylor"} & set(wanted), "fisher" in wanted, extra)
-    )
-    seen: set[str] = set()
-    samples.cost += Cost(forwards=samples.n_samples, backwards=samples.n_samples)
-
-    def unmasked(name: str) -> Tensor:
-        return precise(local(parameters[name]) if value is None else value(name))
-
-    def add(name: str, gradient: Tensor) -> None:
-        seen.add(name)
-        if own:
-            own[name] += SCORES[extra](gradient.clone(), unmasked(name))
-        if second:
-            second[name].addcmul_(gradient, gradient)
-        if first:
-            first[name] += gradient.abs_()
-
-    with streamed_gradients(parameters, add):
-        # Sample by sample, so that the scores do not depend on how samples were batched.
-        for sample in (sample for piece in samples.pieces for sample in objective.samples(piece)):
-            backward(objective.log_probs(model, sample).mean())
-            for name, gradient in taken_gradients(model, parameters):
-                add(name, gradient)
-    require_gradients(parameters, seen, samples.replicas)
-    for part in (*first.values(), *second.values(), *own.values()):
-        samples.replicas.sum_(part)
-    scores = {
-        "gradient": first,
-        "taylor": ComputedScores(first, lambda name: first[name] * unmasked(name).abs()),
-        "fisher": ComputedScores(second, lambda name: second[name] * unmasked(name).square()),
-    }
-    return {name: {**scores, extra: own}[name] for name in wanted}

@@ -10,10 +10,10 @@ from torch import nn
 
 from lightning_goldy.analysis import Fluctuation, ReverseGoldenResult, Search, reverse_golden_parameters
 from lightning_goldy.analysis.divergence import divergence_sum
-from lightning_goldy.analysis.golden import reverse
+from lightning_goldy.analysis.golden import golden, reverse
 from lightning_goldy.analysis.golden.budget import STRATEGIES, Outside
-from lightning_goldy.analysis.golden.golden import Budget
-from lightning_goldy.analysis.golden.reverse import SINGLE_SHOTS, crossings, single_shot_scores
+from lightning_goldy.analysis.golden.golden import SINGLE_SHOTS, Budget, single_shot_scores
+from lightning_goldy.analysis.golden.reverse import crossings
 from lightning_goldy.analysis.gradients import SharedDivergence, divergence_gradient, pieces_of
 from lightning_goldy.core import (
     CausalLMObjective,
@@ -229,42 +229,102 @@ def test_the_strategy_is_not_ignored():
 
 
 @pytest.mark.parametrize(
-    ("options", "shrinks"), [({}, True), ({"rounds": 12}, False), ({"strategy": "none"}, False), ({"exact": 0}, False)]
+    ("options", "ways"),
+    [
+        ({}, [30, 8, 16]),
+        ({"rounds": 180}, [30, 8]),
+        ({"rounds": 120}, [30]),
+        ({"rounds": 50}, [30]),
+        ({"rounds": 12}, []),
+        ({"strategy": "none"}, []),
+        ({"exact": 0}, []),
+    ],
 )
-def test_small_masks_shrink_after_they_have_grown(options, shrinks, monkeypatch):
-    """Where there are rounds for it; what is masked meanwhile falls from 30 times the budget to the budget."""
-    asked, gains = [], reverse.MaskSearch._gains
-    count = lambda mask: sum(map(mask.count, mask))  # noqa: E731
-    monkeypatch.setattr(reverse.MaskSearch, "_gains", lambda self, mask: asked.append(count(mask)) or gains(self, mask))
+def test_small_masks_shrink_after_they_have_grown(options, ways, monkeypatch):
+    """Where there are rounds for it, in as many ways; what is masked meanwhile falls from each width to the budget."""
+    asked, starts, gains, shrink = [[]], [], reverse.MaskSearch._gains, reverse.MaskSearch._shrink
+
+    def noting(self, mask):
+        asked[-1].append(sum(map(mask.count, mask)))
+        return gains(self, mask)
+
+    def shrinking(self, now, width, rounds, means=None):
+        asked.append([])
+        found = shrink(self, now, width, rounds, means)
+        starts.append((width, rounds, asked[-1], means))
+        asked.append([])
+        return found
+
+    monkeypatch.setattr(reverse.MaskSearch, "_gains", noting)
+    monkeypatch.setattr(reverse.MaskSearch, "_shrink", shrinking)
     settings = {"top_k_percent": 0.5, "exact": 4, "amplitude": 0, **options}
     result = reverse_golden_parameters(sharp("gpt2"), [BATCH], eval_batches=[HELD_OUT], **settings)
-    wide = [size for size in asked if size > result.count]
-    assert (len(wide) > 10) == shrinks
-    assert wide == sorted(wide, reverse=True)
-    assert not shrinks or 20 * result.count < wide[0] <= 30 * result.count
-    assert result.passes <= options.get("rounds", 40 if options.get("exact") == 0 else 120) + 1
+    first = [start for start in starts if start[3] is None]
+    assert [width for width, *_ in first] == ways
+    for width, rounds, sizes, _ in first:
+        assert len(sizes) == rounds >= 12
+        assert sizes == sorted(sizes, reverse=True)
+        assert 0.6 * width * result.count < sizes[0] <= width * result.count
+        assert sizes[-1] == result.count
+    again = starts[len(first) :]
+    assert all(sizes[0] <= width * result.count + len(result.masked) for width, _, sizes, _ in again)
+    # Of fewer rounds no 16 are left.
+    assert bool(again) == (len(ways) > 1)
+    assert result.passes <= options.get("rounds", 40 if options.get("exact") == 0 else 280) + 1
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_what_a_mask_shrinks_to_is_that_of_whole_sorts(scope):
+@pytest.mark.parametrize("width", [30, 8])
+def test_what_a_mask_shrinks_to_is_that_of_whole_sorts(scope, width):
     """The same averages of autograd through the definition, and the best of every mask of the budget."""
     model, logits = sharp("llama").double(), target_logits(BATCH)
     space = ParameterSpace.of(model)
     with MaskedModel(model, space) as masked:
         divergence = SharedDivergence(model, [BATCH], CausalLMObjective(), Replicas())
         budget = Budget(space.resolve(model), 1.0, scope)
-        settings = Search(rounds=30, exact=4)
+        settings = Search(rounds=180, exact=4)
         search = reverse.MaskSearch(masked, divergence, budget, settings, Fluctuation(), "harmonic_oscillator")
         scores = single_shot_scores(model, divergence, CausalLMObjective(), space.resolve(model), ["fisher"])["fisher"]
         search.start({name: part.clone() for name, part in scores.items()})
-        found = search._shrink()
+        found = search._shrink({start: wide for start, _, wide in search._wide}[width], width, 14)
         rounds = search.passes
-    assert rounds == int(0.85 * 30) - 11
+    assert rounds == 14
     swing = Fluctuation().strategy("harmonic_oscillator")
     swings = [swing(step, 0.0) for step in range(1, rounds + 1)]
-    best = shrunk_reference(model, {name: scores[name] for name in space.names}, 1.0, scope, swings, logits)
+    scores = {name: scores[name] for name in space.names}
+    best = shrunk_reference(model, scores, 1.0, scope, swings, logits, start=width)
     assert found.value == pytest.approx(best[0], rel=1e-9)
     assert all(torch.equal(found.mask[name], best[1][name]) for name in space.names)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_more_ways_and_wider_masks_again_are_never_worse_than_one_way(family, scope, monkeypatch):
+    """Where the search stood before it shrank in other ways and breathed: the best mask so far is never given up."""
+    reached, shrink, breathe = [], reverse.MaskSearch._shrink, reverse.MaskSearch._breathe
+
+    def shrinking(self, *arguments):
+        found = shrink(self, *arguments)
+        reached.append((found.value, self.best_divergence))
+        return found
+
+    def breathing(self, gain):
+        before = self.best_divergence
+        found = breathe(self, gain)
+        assert self.best_divergence >= before
+        # Gains that are handed on are those at the best mask.
+        assert found is None or self.best_divergence == before
+        return found
+
+    monkeypatch.setattr(reverse.MaskSearch, "_shrink", shrinking)
+    monkeypatch.setattr(reverse.MaskSearch, "_breathe", breathing)
+    model = sharp(family)
+    result = reverse_golden_parameters(model, [BATCH], eval_batches=[HELD_OUT], top_k_percent=0.5, scope=scope, exact=4)
+    assert len(reached) > 3
+    assert result.search_divergence >= max(max(pair) for pair in reached)
+    logits = target_logits(BATCH)
+    mask = {name: result.mask[name] for name in result.mask.space.names}
+    assert result.search_divergence == pytest.approx(masked_divergence_reference(model, mask, logits), rel=1e-3)
 
 
 def test_plain_greedy_only_adds():
@@ -731,8 +791,8 @@ def test_sums_of_scores_one_after_the_other_find_the_same_mask(monkeypatch):
     options = {"eval_batches": [HELD_OUT], "top_k_percent": 2, "rounds": 3, "score": "taylor"}
     whole = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
     monkeypatch.setattr(reverse, "_APART", 0)
-    held, zeros = [], reverse.zeros_like_parts
-    monkeypatch.setattr(reverse, "zeros_like_parts", lambda parts: held.append(len(parts)) or zeros(parts))
+    held, zeros = [], golden.zeros_like_parts
+    monkeypatch.setattr(golden, "zeros_like_parts", lambda parts: held.append(len(parts)) or zeros(parts))
     single = reverse_golden_parameters(sharp("gpt2"), [BATCH], **options)
     assert len(held) == 2
     assert single.single_shots == whole.single_shots
