@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -23,18 +19,28 @@ from lightning_goldy.analysis.basin.saddle import (
     Saddle,
     controlled,
     counted,
+    difference_of,
     effective_share,
     nested_rule,
+    part_of,
     saddle,
     student,
     trusted,
     weighted_volume,
 )
-from lightning_goldy.analysis.basin.sampling import LONGEST, Chains, Field, Tilt, langevin_coefficient, squares
-from lightning_goldy.core.files import StoreError, parse_json, percentage, require_local
+from lightning_goldy.analysis.basin.sampling import (
+    LONGEST,
+    Chains,
+    Field,
+    KeptState,
+    Tilt,
+    identity,
+    langevin_coefficient,
+    squares,
+)
+from lightning_goldy.core.files import percentage, require_local
 from lightning_goldy.core.naming import require_at_least, require_choice, require_kinds
 from lightning_goldy.core.sharding import Replicas
-from lightning_goldy.core.store import open_tensors, write_tensors
 
 Path = Literal["auto", "cost", "tether"]
 
@@ -52,8 +58,9 @@ _BETWEEN = 27
 _STEEP = 3.0
 # Where the mean cost is farther from the quadratic one than this, the Gaussian is no place to begin.
 _FAR = 3.0
-# Seconds between two writings of the state within a stretch, and how many times as long as one took at least.
-_PAUSE, _RARE = 60.0, 20.0
+# And where chains that settle leave the quadratic cost above so many cutoffs, it is no place to come back to: curvature
+# that is known up to lognormal(1.0) factors leaves 1.6, what saturates 2.
+_ASTRAY = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class BridgeSettings:
         floor: Least curvature that masses are made for, as a share of the mean curvature.
         path: ``cost`` adds what the true cost has beyond the quadratic one; ``tether``, for networks, begins where a
             tether holds all and loosens it to the prior; ``auto`` takes ``cost`` where the Gaussian's own draws cost
-            about what it says.
+            about what it says and the chains then stay near it.
         keep_in: Folder in which a walk keeps its state until it has ended, so that an interrupted one goes on there bit
             for bit; None keeps nothing.
 
@@ -132,8 +139,8 @@ def bridge_gradients(settings: BridgeSettings) -> int:
     return settings.max_gradients + settings.chains * (LONGEST + 1 + langevin)
 
 
-# Another number for another way to walk, whose states go on in no other.
-_WALK = 3
+class Strayed(Exception):  # noqa: N818 - no error: another path is asked for
+    """Chains that settled are where the Gaussian is no likeness of the cost."""
 
 
 class _Node(NamedTuple):
@@ -150,64 +157,6 @@ class _Visit(NamedTuple):
     """The cost with its control variate taken off."""
     distance: Array
     acceptance: float
-
-
-class KeptState:
-    """What a walk has done, in a file that is whole or absent; another walk has another file.
-
-    Args:
-        folder: Where; None keeps nothing.
-        walk: What the same walk has the same, by name.
-        vectors: The same of tensors.
-        replicas: Of which the first one writes and all read.
-    """
-
-    def __init__(self, folder: str | None, walk: dict[str, Any], vectors: Sequence[Tensor], replicas: Replicas) -> None:
-        self.replicas, self.path = replicas, None
-        if folder is not None:
-            digest = hashlib.blake2b(json.dumps([_WALK, walk], sort_keys=True).encode(), digest_size=8)
-            for vector in vectors:
-                digest.update(vector.detach().cpu().contiguous().numpy().data)
-            name = replicas.gather_objects(f"bridge-{digest.hexdigest()}.safetensors")[0]
-            self.path = FilePath(folder) / name
-        self._written, self._took = time.monotonic(), 0.0
-
-    @property
-    def due(self) -> bool:
-        """Whether the state was not written for so long that it is worth it, as the first replica's clock says."""
-        if self.path is None:
-            return False
-        since = time.monotonic() - self._written
-        return self.replicas.gather_objects(since > max(_PAUSE, _RARE * self._took))[0]
-
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Numbers and tensors by name; None where there is no such file.
-
-        Raises:
-            StoreError: It is no whole file of this kind.
-        """
-        if self.path is None or not self.replicas.gather_objects(self.path.is_file())[0]:
-            return None
-        with open_tensors(self.path) as file:
-            try:
-                numbers = parse_json((file.metadata() or {})["bridge"], constants="float")
-            except (KeyError, ValueError) as error:
-                raise StoreError(f"{self.path}: no state of a bridge ({error}); remove it to begin anew") from error
-            return numbers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-
-    def write(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Writes both; a collective."""
-        began = time.monotonic()
-        if self.path is not None and self.replicas.rank == 0:
-            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            write_tensors(self.path, plain, {"bridge": json.dumps(numbers)})
-        self._written = time.monotonic()
-        self._took = self._written - began
-
-    def drop(self) -> None:
-        """Removes the file of a walk that has ended."""
-        if self.path is not None and self.replicas.rank == 0:
-            self.path.unlink(missing_ok=True)
 
 
 class Bridge:
@@ -243,6 +192,8 @@ class Bridge:
         self.taken = 0
         self.here: Tilt | None = None
         self.weak: list[str] = []
+        self.may_stray = True
+        """Whether a walk goes on wherever its chains are; else it ends by :class:`Strayed`."""
         self.tilt = self.start
         """The density that is sought, as far as it is known."""
         self.done: dict[str, Any] = {}
@@ -297,7 +248,11 @@ class Bridge:
         return (self.walked() if drawn is None else drawn) | {"effective_sample_size": share}
 
     def walked(self) -> dict[str, Any]:
-        """The same from chains, but the share of the draws."""
+        """The same from chains, but the share of the draws.
+
+        Raises:
+            Strayed: The chains may not stray, and did.
+        """
         self.chains = self._chains()
         self.nodes = self._affordable()
         self.tilt = self.start.at(t=1.0)
@@ -318,6 +273,11 @@ class Bridge:
             "dtype": str(start.pull.dtype),
         }
         return KeptState(settings.keep_in, walk, (start.curvature, start.pull), self.replicas)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an earlier walk of this kind has left its state."""
+        return self._kept().there
 
     def _resumed(self) -> bool:
         """Whether an earlier walk was interrupted; then all is as it was when that was last kept.
@@ -454,11 +414,15 @@ class Bridge:
         for number, share in enumerate((0.15, 0.35, 0.6, 1.0)):
             end = budget - left * (1 - share)
 
-            def walk(end: float = end, number: int = number) -> list[float]:
+            def walk(end: float = end, number: int = number) -> list[Any]:
                 self.tilt = self._round(self.tilt, end, gain=0.3 / (1 + number), cooling=number)
-                return self._all(self.chains.steps).tolist()
+                quadratic = self._all(squares(self.chains.x, self.start.curvature) / 2)
+                return [self._all(self.chains.steps).tolist(), float(quadratic.mean()) / self.cutoff]
 
-            steps = self._stretch(f"settling {number}", walk)
+            steps, quadratic = self._stretch(f"settling {number}", walk)
+            if quadratic > _ASTRAY and not self.may_stray:
+                self.file.drop()
+                raise Strayed
         self.steps = torch.tensor([steps[number] for number in self.numbers], dtype=torch.float64)
 
     def _round(self, target: Tilt, end: float, *, gain: float, cooling: int) -> Tilt:
@@ -588,7 +552,7 @@ class Bridge:
 
         def integral(rule: Array, part: slice | None = None) -> Array:  # [passes, chains]
             means = [
-                np.stack([_part(visits[place].integrand, part).mean(axis=1) for place in range(last + 1)])
+                np.stack([part_of(visits[place].integrand, part).mean(axis=1) for place in range(last + 1)])
                 for visits in passes
             ]
             return np.stack([rule @ mean for mean in means])
@@ -597,9 +561,9 @@ class Bridge:
         chains = whole.shape[1]
         spread = whole.mean(axis=0).std(ddof=1) / math.sqrt(chains) * student(chains)
         halves = integral(weights, slice(0, 1)), integral(weights, slice(1, 2))
-        drift, drift_noise = _difference(*halves)
+        drift, drift_noise = difference_of(*halves)
         there, back = whole
-        loop, loop_noise = _difference(there[None], back[None])
+        loop, loop_noise = difference_of(there[None], back[None])
         schedule = float(abs((weights - coarse) @ self._means(passes, last)))
         level = target.at(t=0.0).log_normaliser(self.variance) + float(whole.mean())
         rows = [
@@ -768,30 +732,3 @@ class Bridge:
             "weak": "",
             "tether": 1.0,
         }
-
-
-def identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) -> Tensor:
-    """What Stein's identity knows to have mean 0, shape ``[chains]``, float64.
-
-    Where the density is the model's Gaussian it is half of the weighted squares less their mean; where it is not, its
-    mean is 0 all the same.
-    """
-    precision = model.precision
-    centre = -model.pull / precision
-    term = ((x - centre) * slope - 1) / 2 + centre * slope
-    return (term * (weights / precision)).sum(-1, dtype=torch.float64)
-
-
-def _part(table: Array, part: slice | None) -> Array:
-    if part is None:
-        return table
-    middle = table.shape[1] // 2
-    return table[:, middle:] if part.start else table[:, : max(middle, 1)]
-
-
-def _difference(first: Array, second: Array) -> tuple[float, float]:
-    """Second less first over chains, and the error of that."""
-    difference = (second - first).mean(axis=0)
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference))) * student(
-        len(difference)
-    )

@@ -272,3 +272,19 @@ def trusted(values: Array, control: Array) -> bool:
 def student(chains: int) -> float:
     """By how much an error from few chains is widened."""
     return next((factor for degrees, factor in _STUDENT.items() if degrees >= chains - 1), 1.0)
+
+
+def part_of(table: Array, part: slice | None) -> Array:
+    """The first or the second half of every chain's columns, or all, shape ``[chains, n]``."""
+    if part is None:
+        return table
+    middle = table.shape[1] // 2
+    return table[:, middle:] if part.start else table[:, : max(middle, 1)]
+
+
+def difference_of(first: Array, second: Array) -> tuple[float, float]:
+    """Second less first over chains, and the error of that."""
+    difference = (second - first).mean(axis=0)
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference))) * student(
+        len(difference)
+    )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -14,7 +18,10 @@ from torch import Tensor, nn
 from lightning_goldy.analysis.basin.kronecker import KroneckerFisher, LayerFisher
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.analysis.gradients import exact_products
+from lightning_goldy.core.files import StoreError, parse_json
+from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.space import ParameterSpace
+from lightning_goldy.core.store import open_tensors, write_tensors
 from lightning_goldy.core.vector import ParameterVector, derived_seed
 
 Curvature: TypeAlias = KroneckerFisher | ParameterVector | Tensor
@@ -574,3 +581,84 @@ def langevin_coefficient(chains: Chains, tilt: Tilt, *, draws: int = 100, step: 
 
 def _drawn(tilt: Tilt, noise: Tensor) -> Tensor:
     return noise * tilt.precision.rsqrt() + tilt.centre
+
+
+def identity(model: Tilt, x: Tensor, slope: Tensor, weights: Tensor | float) -> Tensor:
+    """What Stein's identity knows to have mean 0, shape ``[chains]``, float64.
+
+    Where the density is the model's Gaussian it is half of the weighted squares less their mean; where it is not, its
+    mean is 0 all the same.
+    """
+    precision = model.precision
+    centre = -model.pull / precision
+    term = ((x - centre) * slope - 1) / 2 + centre * slope
+    return (term * (weights / precision)).sum(-1, dtype=torch.float64)
+
+
+# Another number for another way to walk, whose states go on in no other.
+_WALK = 4
+# Seconds between two writings of the state within a stretch, and how many times as long as one took at least.
+_PAUSE, _RARE = 60.0, 20.0
+
+
+class KeptState:
+    """What a walk has done, in a file that is whole or absent; another walk has another file.
+
+    Args:
+        folder: Where; None keeps nothing.
+        walk: What the same walk has the same, by name.
+        vectors: The same of tensors.
+        replicas: Of which the first one writes and all read.
+    """
+
+    def __init__(self, folder: str | None, walk: dict[str, Any], vectors: Sequence[Tensor], replicas: Replicas) -> None:
+        self.replicas, self.path = replicas, None
+        if folder is not None:
+            digest = hashlib.blake2b(json.dumps([_WALK, walk], sort_keys=True).encode(), digest_size=8)
+            for vector in vectors:
+                digest.update(vector.detach().cpu().contiguous().numpy().data)
+            name = replicas.gather_objects(f"bridge-{digest.hexdigest()}.safetensors")[0]
+            self.path = Path(folder) / name
+        self._written, self._took = time.monotonic(), 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the state was not written for so long that it is worth it, as the first replica's clock says."""
+        if self.path is None:
+            return False
+        since = time.monotonic() - self._written
+        return self.replicas.gather_objects(since > max(_PAUSE, _RARE * self._took))[0]
+
+    @property
+    def there(self) -> bool:
+        """Whether there is such a file, as the first replica sees it."""
+        return self.path is not None and self.replicas.gather_objects(self.path.is_file())[0]
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Numbers and tensors by name; None where there is no such file.
+
+        Raises:
+            StoreError: It is no whole file of this kind.
+        """
+        if self.path is None or not self.there:
+            return None
+        with open_tensors(self.path) as file:
+            try:
+                numbers = parse_json((file.metadata() or {})["bridge"], constants="float")
+            except (KeyError, ValueError) as error:
+                raise StoreError(f"{self.path}: no state of a bridge ({error}); remove it to begin anew") from error
+            return numbers, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def write(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Writes both; a collective."""
+        began = time.monotonic()
+        if self.path is not None and self.replicas.rank == 0:
+            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            write_tensors(self.path, plain, {"bridge": json.dumps(numbers)})
+        self._written = time.monotonic()
+        self._took = self._written - began
+
+    def drop(self) -> None:
+        """Removes the file of a walk that has ended."""
+        if self.path is not None and self.replicas.rank == 0:
+            self.path.unlink(missing_ok=True)

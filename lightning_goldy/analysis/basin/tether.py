@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, identity
+from lightning_goldy.analysis.basin.bridge import Bridge, BridgeSettings, Strayed
 from lightning_goldy.analysis.basin.saddle import Array, effective_share, student, trusted
-from lightning_goldy.analysis.basin.sampling import Field, Tilt, squares
+from lightning_goldy.analysis.basin.sampling import Field, Tilt, identity, squares
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.sharding import Replicas
 from lightning_goldy.core.vector import derived_seed
@@ -118,6 +118,7 @@ class TetherWalk(Bridge):
         self.steps_at: list[Tensor] = []
         self.tilt = self.start.at(t=1.0)
         if not self._resumed():
+            self.done["before"] = self.taken
             self.done["first hold"] = self._tight(self.start)
             self.chains.draw(self.start.at(kappa=self.done["first hold"][0]))
             self.taken += self.settings.chains
@@ -161,6 +162,11 @@ class TetherWalk(Bridge):
             "distinct": len(order),
         }
         return numbers, tensors | {f"learned {index}": distinct[key] for index, key in enumerate(order)}
+
+    @property
+    def _own(self) -> int:
+        """Gradients in all but those that were taken before the walk."""
+        return self.settings.max_gradients - int(self.done["before"])
 
     def _begun(self, **first: Any) -> dict[str, Any]:
         """What the loop of a stretch goes on from; kept before a step where that is due."""
@@ -233,11 +239,11 @@ class TetherWalk(Bridge):
         Args:
             begin: κ at the one end.
             end: At the other.
-            share: Of all gradients.
+            share: Of the walk's own gradients.
             first: Gradients that were taken when the way began.
         """
         # What earlier ways took beyond their shares is not taken twice.
-        quota = min(share * self.settings.max_gradients, self.settings.max_gradients - first)
+        quota = min(share * self._own, self.settings.max_gradients - first)
         grid = np.linspace(0, 1, 513)
         passed = (grid + _DWELL * grid**_POWER) / (1 + _DWELL)
         down = end <= begin
@@ -297,7 +303,7 @@ class TetherWalk(Bridge):
             self._begun()
             self._step(self.tilt, length, _GAIN)
             self.tilt = self._learned_from(self.tilt)
-            loop["late"] += self.taken > begin + 0.4 * _SEEKING * self.settings.max_gradients
+            loop["late"] += self.taken > begin + 0.4 * _SEEKING * self._own
             self.tilt = self._cooled(self.tilt, 1 / (3 + loop["late"]) if loop["late"] else 0.3)
             logs.append(math.log(self.tilt.b))
         self.learned[-1], self.steps_at[-1] = self.tilt.learned, self.chains.steps
@@ -464,5 +470,16 @@ def crossed(
         return tethered.walked() | {"effective_sample_size": bridge.importance()[2]}
     found, share = bridge.drawn()
     if found is None:
-        found = (bridge if bridge.near() else tethered).walked()
+        found = _walked(bridge, tethered)
     return found | {"effective_sample_size": share}
+
+
+def _walked(bridge: Bridge, tethered: TetherWalk) -> dict[str, Any]:
+    """The fields from the Gaussian's chains where these stay near it, else from those on a tether."""
+    if not tethered.interrupted and bridge.near():
+        bridge.may_stray = False
+        try:
+            return bridge.walked()
+        except Strayed:
+            tethered.taken = bridge.taken
+    return tethered.walked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis import basin_volume, kronecker_preconditioner, local_volume
 from lightning_goldy.analysis.basin import BridgeResult, BridgeSettings, bridge_gradients, paired_difference
-from lightning_goldy.analysis.basin.bridge import KeptState
 from lightning_goldy.analysis.basin.saddle import controlled, counted, saddle
-from lightning_goldy.analysis.basin.sampling import Chains, Eigenbasis, PointField, Tilt
+from lightning_goldy.analysis.basin.sampling import Chains, Eigenbasis, KeptState, PointField, Tilt
 from lightning_goldy.analysis.basin.tether import TetherWalk, _Way
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.core import CausalLMObjective, ClassifierObjective, ParameterSpace, ParameterVector
@@ -148,6 +148,63 @@ def test_the_stated_errors_cover(dimension: int) -> None:
         low, high = result.interval()
         inside.append(low <= truth <= high)
     assert sum(inside) >= 18
+
+
+class Products(Quadratic):
+    """Two factors in each pair of parameters, of which the product alone counts: a valley that the Hessian ends."""
+
+    def of_points(self, points: Tensor) -> Tensor:
+        first, second = points.chunk(2, dim=-1)
+        return 0.5 * (first * second - 1).square().sum(-1)
+
+
+def products_volume(pairs: int, cutoff: float) -> float:
+    """The log-volume by a grid over one pair, and the saddle point over all."""
+    grid = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    first, second = torch.meshgrid(grid, grid, indexing="ij")
+    cost = 0.5 * (first * second - 1).square()
+    logs = 2 * math.log(grid[1] - grid[0]) - (first.square() + second.square()) / 2 - math.log(2 * math.pi)
+    low, high = 1e-3, 1e6
+    for _ in range(50):
+        b = math.sqrt(low * high)
+        level = (logs - b * cost).logsumexp(dim=(0, 1))
+        weights = (logs - b * cost - level).exp()
+        mean = float((weights * cost).sum())
+        low, high = (b, high) if pairs * mean > cutoff else (low, b)
+    variance = pairs * float((weights * (cost - mean).square()).sum())
+    return pairs * float(level) + b * cutoff - 0.5 * math.log(2 * math.pi * b * b * variance)
+
+
+def test_chains_that_leave_the_gaussian_go_on_on_a_tether(tmp_path: Path) -> None:
+    anchor = torch.ones(200, dtype=torch.float64)
+    module, cost = Flat(anchor), Products(anchor, anchor)
+    told: list[int] = []
+
+    def walk(path: str, progress: Any = None, **options: Any) -> BridgeResult:
+        settings = BridgeSettings(chains=8, max_gradients=4000, path=path, **options)  # type: ignore[arg-type]
+        common: dict[str, Any] = {"method": "bridge", "cutoff": 0.1, "sigma": 1.0, "curvature": vector(module, anchor)}
+        return local_volume(module, cost, bridge=settings, progress=progress, **common)
+
+    truth = products_volume(100, 0.1)
+    found, lost = walk("auto", lambda done, total: told.append(done)), walk("cost")
+    assert found.tether > 1
+    assert abs(found.log_volume - truth) < 2 * found.error < 80
+    assert lost.error > 2 * found.error
+    assert "way back differs" in lost.weak
+    # What the first chains took is in the budget and in the count.
+    assert found.gradients <= bridge_gradients(BridgeSettings(chains=8, max_gradients=4000))
+    assert told == sorted(told)
+
+    def dying(done: int, total: int) -> None:
+        if done >= 2000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk("auto", dying, keep_in=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    resumed = walk("auto", keep_in=str(tmp_path))
+    assert resumed.details() | {"seconds": 0} == found.details() | {"seconds": 0}
+    assert not list(tmp_path.iterdir())
 
 
 class Softmax:
