@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import re
+import time
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.data import AtlasDataModule
 from lightning_goldy.data.tokenization import byte_tokenizer
+from lightning_goldy.report.formatting import format_seconds
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64}
@@ -62,6 +66,36 @@ def run(trained, *options: str, output: str) -> int:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_table_of_grafts_breaks_no_word_at_60_columns(trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    start = time.perf_counter()
+    assert run(trained, "--recover", "0.3", "--method", "attribution", output="narrower") == 0
+    took = time.perf_counter() - start
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith(("┃", "│"))]
+    assert max(map(len, lines)) <= 60
+    cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+    assert cells[0] == ["method", "elements", "times", "recovered", "harm"]
+    # Every other line has the interval alone.
+    for numbers, interval in zip(cells[1::2], cells[2::2], strict=True):
+        assert numbers[0].split()[0] in BEST
+        assert math.isfinite(float(numbers[3]))
+        assert interval[:3] == ["", "", ""]
+        assert interval[3].startswith("[")
+        assert interval[3].endswith("]")
+    # The time of all of it stands in the row and on the page.
+    row = json.loads((trained / "narrower/goldy/change_attribution/results.jsonl").read_text())
+    assert 0 < row["cost"]["seconds"] <= took
+    assert format_seconds(row["cost"]["seconds"]) in (trained / "narrower" / "report.html").read_text()
+    # What stands beside the graft on its card has intervals, too, and of random elements all draws.
+    card = (trained / "narrower" / "model" / "README.md").read_text()
+    share = r"-?[\d.]+ %"
+    beside = rf"; as many random ones {share} \[{share}, {share}\] \({share} to {share} over 5 draws\)"
+    assert re.search(rf"{beside}; those that changed most {share} \[{share}, {share}\]", card) or re.search(
+        rf"; those that changed most {share} \[{share}, {share}\]{beside}", card
+    )
 
 
 def test_the_table_of_grafts_fits_80_columns(trained, capsys, monkeypatch):
