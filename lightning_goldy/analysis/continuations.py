@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from lightning_goldy.analysis.divergence import AnchoredDivergence
 from lightning_goldy.analysis.result import AnalysisResult, Cost
-from lightning_goldy.core.architecture.adapters import base_values
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.architecture.adapters import base_run
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.mask import MaskedModel
 from lightning_goldy.core.naming import require_at_least
 from lightning_goldy.core.objective import IGNORE_INDEX, CausalLMObjective
 from lightning_goldy.core.sharding import inside_parallel, is_sharded, local, scatter_like
 from lightning_goldy.core.store import require_boolean
-from lightning_goldy.core.vector import ParameterVector, substituted
+from lightning_goldy.core.vector import ParameterVector
 
 Prompt = str | Tensor
 """Text, or token ids of shape ``[T]``."""
@@ -136,8 +136,7 @@ def continue_prompts(
     """
     model = inside_parallel(model)
     writer = _Writer(model, tokenizer, prompts, seed, max_new_tokens, do_sample, temperature)
-    start = None if base is None else base_values(model, base_of(base, model))
-    before = None if start is None else lambda: substituted(model, start)
+    before = None if base is None else base_run(model, base)
     return Continuations(**writer.compare(before, "the divergence from the base"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,7 +209,10 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
         """The nodes of the quadrature, and a graft for each share, method and factor."""
         elementwise, n_blocks = self.pieces == "elements", len({block_of(name) for name in plan.space})
         named = [name for name in self.baselines if name != "interpolation"]
-        masked = [name for name in named if elementwise or name in ("random", "drop_and_rescale")]
+        # Of whole pieces those methods that take as many elements, whatever their number.
+        sized = [name for name in named if name in ("random", "drop_and_rescale")]
+        masked = [name for name in named if elementwise or name in (*sized, "learned")]
+        found = self._blocks_that_fit(plan) if self.pieces == "blocks" and self.shares else 0
         return forecast_attribution(
             plan,
             n_samples=self.n_samples,
@@ -216,12 +221,22 @@ class ChangeAttribution(AnalysisCallback[AttributedChange]):
             masked=1 + len(masked),
             learned=self.learn.steps if "learned" in masked else 0,
             blocks=n_blocks if self.interactions else 0,
-            searched=sum(min(CANDIDATES, left) for left in range(1, n_blocks + 1)) if self.pieces == "blocks" else 0,
+            searched=sum(min(CANDIDATES, n_blocks - step) for step in range(found)),
+            found=found,
+            beside=len(sized),
             factors=len(FACTORS) if "interpolation" in self.baselines else 0,
             first="gradient" in masked,
             draws=self.n_draws - 1 if "random" in masked else 0,
             n_collateral=self.n_collateral,
         )
+
+    def _blocks_that_fit(self, plan: Plan) -> int:
+        """Steps of the greedy search of blocks, at most: so many of the smallest fit into the largest share."""
+        numel: dict[str, int] = {}
+        for name in plan.space:
+            numel[block_of(name)] = numel.get(block_of(name), 0) + math.prod(plan.space.shape(name))
+        room = self.shares[-1] * plan.space.numel
+        return max(1, sum(size <= room for size in itertools.accumulate(sorted(numel.values()))))
 
     def probe_samples(self) -> int | None:
         """The samples that score, and those that are held out."""

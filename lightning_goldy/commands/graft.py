@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from lightning_goldy.analysis.attribution import (
@@ -64,6 +66,8 @@ _KEPT = {
     "random": "drawn at random",
     "drop_and_rescale": "drawn at random, times {factor:g}",
 }
+# Columns of a console below which the table of grafts is laid out closer.
+_NARROW = 76
 MODEL, CHANGE, MASK = "model", "change.safetensors", "mask.safetensors"
 
 
@@ -189,9 +193,11 @@ class _Graft(ConfiguredCallback):
     point: GraftPoint | None = field(default=None, init=False)
     base_source: str = field(default="", init=False)
     written: Path | None = field(default=None, init=False)
+    _start: float = field(default=0.0, init=False)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Does all of it."""
+        self._start = time.perf_counter()
         with undisturbed(trainer, pl_module), Console().status("") as status:
             model = find_model(pl_module, None)
             probe = find_probe(trainer, pl_module, None, self.n_samples).batches
@@ -291,12 +297,17 @@ class _Graft(ConfiguredCallback):
         assert self.found.curve is not None
         assert self.point is not None
         print(printable(f"base: {self.base_source}"))
+        # In little room an interval has a line of its own, so that no word is broken.
+        narrow = console.width < _NARROW
         rows = [
             (
                 point.method + (" +" if point.on_frontier else "") + (" *" if point == self.point else ""),
                 format_percent(point.share),
                 f"{point.factor:g}",
-                f"{_fraction(point.recovered)}{_interval(point.low, point.high, _fraction)}",
+                Text(
+                    _fraction(point.recovered)
+                    + _interval(point.low, point.high, _fraction).replace(" [", "\n[" if narrow else " [")
+                ),
                 "" if point.harm is None else f"{point.harm:+.4f}",
             )
             for point in self.found.curve.records
@@ -304,7 +315,7 @@ class _Graft(ConfiguredCallback):
         ]
         headings = ("method", "elements", "times", "recovered", "harm")
         title = "Grafts on held-out samples (harm in nats; + on the frontier, * written)"
-        console.print(console_table(title, headings, rows, numbers=3))
+        console.print(console_table(title, headings, rows, numbers=3, padding=(0, 0 if narrow else 1)))
         print(printable(self.found.headline()))
         told = self.reported[0]
         if told.recovered is not None:
@@ -370,7 +381,10 @@ class _Graft(ConfiguredCallback):
         more["reported"] = finite(vars(told)) | {"weak": self._doubts()}
         row = self.found.row().extended(result=more)
         row = row if tokenizer is None else rows_in_words(row, tokenizer)
-        store.append(row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint"))
+        seconds = time.perf_counter() - self._start
+        store.append(
+            row.at(name="change_attribution", step=self.saved.step or 0, trigger="checkpoint", seconds=seconds)
+        )
         summary = {
             "base": self.base_source,
             "taken": vars(self.point),
@@ -393,6 +407,7 @@ class _Graft(ConfiguredCallback):
             harm = f"{point.harm:+.4g} nats of loss{interval} against the base; the whole finetune has {whole:+.4g}"
         others = "".join(
             f"; {named} {percentage(other.recovered, 1)}"
+            f"{_interval(other.low, other.high, partial(percentage, digits=1))}{_draws(other)}"
             for name, named in (("random", "as many random ones"), ("magnitude", "those that changed most"))
             for other in curve.of(name)
             if point.method in ("attribution", "gradient", "learned")
@@ -427,6 +442,14 @@ class _Graft(ConfiguredCallback):
 def _same_share(first: GraftPoint, second: GraftPoint) -> bool:
     """Whether two grafts have as many elements, but for whole units."""
     return math.isclose(first.share, second.share, rel_tol=0.01)
+
+
+def _draws(point: GraftPoint) -> str:
+    """Between what all draws of random elements lie; nothing of one."""
+    if len(point.draws) < 2:
+        return ""
+    low, high = (percentage(end(point.draws), 1) for end in (min, max))
+    return f" ({low} to {high} over {len(point.draws)} draws)"
 
 
 def _fraction(value: float) -> str:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
 
+from lightning_goldy.analysis.attribution import change_attribution, graft_curve
 from lightning_goldy.analysis.attribution.attribution import SHARES
 from lightning_goldy.analysis.basin.bridge import BridgeSettings
 from lightning_goldy.analysis.change import SuccessiveUpdates
@@ -43,7 +44,8 @@ from lightning_goldy.core.vector import ParameterVector, elements_in
 from lightning_goldy.training.recipes import find_recipe
 from tests.callbacks.knowledge import PIECES, WordData
 from tests.callbacks.training import TokenData, differences, fit
-from tests.references.models import build
+from tests.references.attribution import moved
+from tests.references.models import build, token_batch
 
 SLOW = Speeds((0.0, 1.0), (0.0, 3.0))
 PLAN_ROWS = ((2, 8), (2, 8))
@@ -291,6 +293,26 @@ def test_attribution_grafts_less_and_then_nothing_as_its_budget_shrinks() -> Non
     assert seen[0][2] == seen[1][2] == SHARES
     assert [draws for _, draws, _ in seen] == [5, 1, 1, 1]
     assert seen[2:] == [(4, 1, (0.01, 0.1)), (4, 1, ())]
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.6), (0.3,)])
+def test_the_forecast_of_grafted_blocks_counts_the_shares_that_the_search_finds(shares: tuple[float, ...]) -> None:
+    base, batches = build("gpt2", 0).eval(), [token_batch(2, 8, seed=seed) for seed in range(8)]
+    model = moved(base, build("gpt2", 1), 0.3).eval()
+    callback = ChangeAttribution(pieces="blocks", nodes=2, shares=shares, n_samples=16, n_collateral=4)
+    found = change_attribution(model, base, batches[:4], nodes=2, shares=shares)
+    curve = graft_curve(model, base, found, batches[:4], batches[4:], batches[:2], pieces="blocks", shares=shares)
+    work = callback.estimate(Plan(model, ((2, 8),) * 8, vocabulary=53, base=True), Run(1000)).work
+    # A backward pass has a forward pass of its own.
+    told, counted = (work.forward + work.backward).samples, found.cost.forwards + curve.cost.forwards
+    # Attribution and the search may find the same shares, which stand once beside random elements and rescaled ones.
+    greedy = len(curve.of("greedy"))
+    spare = len(shares) + greedy - len({point.share for point in curve.of("random")})
+    beside = spare * (8 * (2 + 4) + 2 * 2 * 4)
+    # Predictions on held-out samples, that the divergence alone needs; and blocks that no longer fit are not tried.
+    tries = 3 * 8 if shares == (0.3,) else 0
+    assert greedy > 1
+    assert told == counted + beside + 8 + tries
 
 
 def test_the_light_preset_leaves_a_fifth_of_a_twentieth_for_what_is_done_before_the_first_step() -> None:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import re
+import time
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lightning_goldy import GoldyModule
 from lightning_goldy.analysis import apply_change, change_attribution, save_change
+from lightning_goldy.analysis.attention.patterns import attention_maps
+from lightning_goldy.analysis.attention.statistics import Prompt, attention_statistics, track_attention
 from lightning_goldy.analysis.attribution import GraftCurve, GraftPoint, graft
+from lightning_goldy.analysis.continuations import continue_prompts
 from lightning_goldy.cli import main
 from lightning_goldy.commands.checkpoints import find_base, follow_frozen, read_saved
 from lightning_goldy.commands.graft import BEST, Wanted, _fraction, _unadapted, _untie, graft_checkpoint
@@ -20,6 +26,8 @@ from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.data import AtlasDataModule
+from lightning_goldy.data.tokenization import byte_tokenizer
+from lightning_goldy.report.formatting import format_seconds
 from lightning_goldy.training.models import build_model, complete_config, write_pretrained
 
 TINY = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 64}
@@ -58,6 +66,36 @@ def run(trained, *options: str, output: str) -> int:
 
 def weights(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_the_table_of_grafts_breaks_no_word_at_60_columns(trained, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    start = time.perf_counter()
+    assert run(trained, "--recover", "0.3", "--method", "attribution", output="narrower") == 0
+    took = time.perf_counter() - start
+    told = capsys.readouterr().out
+    lines = [line for line in told.splitlines() if line.startswith(("┃", "│"))]
+    assert max(map(len, lines)) <= 60
+    cells = [[cell.strip() for cell in line.strip("┃│").replace("┃", "│").split("│")] for line in lines]
+    assert cells[0] == ["method", "elements", "times", "recovered", "harm"]
+    # Every other line has the interval alone.
+    for numbers, interval in zip(cells[1::2], cells[2::2], strict=True):
+        assert numbers[0].split()[0] in BEST
+        assert math.isfinite(float(numbers[3]))
+        assert interval[:3] == ["", "", ""]
+        assert interval[3].startswith("[")
+        assert interval[3].endswith("]")
+    # The time of all of it stands in the row and on the page.
+    row = json.loads((trained / "narrower/goldy/change_attribution/results.jsonl").read_text())
+    assert 0 < row["cost"]["seconds"] <= took
+    assert format_seconds(row["cost"]["seconds"]) in (trained / "narrower" / "report.html").read_text()
+    # What stands beside the graft on its card has intervals, too, and of random elements all draws.
+    card = (trained / "narrower" / "model" / "README.md").read_text()
+    share = r"-?[\d.]+ %"
+    beside = rf"; as many random ones {share} \[{share}, {share}\] \({share} to {share} over 5 draws\)"
+    assert re.search(rf"{beside}; those that changed most {share} \[{share}, {share}\]", card) or re.search(
+        rf"; those that changed most {share} \[{share}, {share}\]{beside}", card
+    )
 
 
 def test_the_table_of_grafts_fits_80_columns(trained, capsys, monkeypatch):
@@ -358,8 +396,34 @@ def test_a_folder_of_adapters_leaves_what_they_lie_on_where_the_base_has_it_othe
     words = ["graft", str(tmp_path / "adapters"), "--config", str(tmp_path / "lora.yaml"), "--n-samples", "8"]
     words += ["--keep", "0.5", "--base", str(trained / "finetune"), "--output", str(tmp_path / "out")]
     assert main(words) == 0, capsys.readouterr().err
+    words = ["analyze", *words[1:4], "--n-samples", "4", "--base", str(trained / "finetune")]
+    assert main([*words, "--output", str(tmp_path / "analyzed")]) == 0, capsys.readouterr().err
     merged = module.model.merge_and_unload().state_dict()
     mask = ParameterMask.load(tmp_path / "out" / "mask.safetensors")
     base, made = weights(trained / "finetune"), weights(tmp_path / "out" / "model")
     for name, flags in mask.items():
         torch.testing.assert_close(made[name], torch.where(flags, merged[name], base[name]))
+
+
+@pytest.mark.filterwarnings("ignore:the base differs from PeftModel", "ignore:.*the base differs from PeftModel")
+def test_attention_and_continuations_of_adapters_have_a_plain_base_that_differs_below_them(trained):
+    pytest.importorskip("peft")
+    module = GoldyModule(str(trained / "base"), lora={"rank": 2, "target_modules": ["c_attn"]})
+    model, plain = module.model.eval(), AutoModelForCausalLM.from_pretrained(trained / "finetune").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+        # What no adapter lies on is the present model's.
+        present = {name: value.clone() for name, value in model.state_dict().items()}
+        for name, value in plain.state_dict().items():
+            value.copy_(value if ".c_attn." in name else present[f"base_model.model.{name}"])
+    prompt, batch = Prompt.of("one", [3, 4, 5, 3], model, None, 24), {"input_ids": torch.tensor([[3, 4, 5, 3, 7]])}
+    found = track_attention(model, [batch], prompts=[prompt], base=plain)
+    assert torch.equal(found.prompts[0].base.patterns[1], attention_maps(plain, prompt.batch).patterns[1])
+    assert not torch.equal(found.prompts[0].base.patterns[1], found.prompts[0].maps.patterns[1])
+    alone = attention_statistics(model, [batch], base=GoldyModule(str(trained / "base")).model.eval())
+    assert not torch.equal(found.statistics.drift, alone.drift)
+    written = continue_prompts(model, byte_tokenizer(), ["2+2="], base=plain, max_new_tokens=4)
+    assert written.base == continue_prompts(plain, byte_tokenizer(), ["2+2="], max_new_tokens=4).present
+    assert all(torch.equal(value, present[name]) for name, value in model.state_dict().items())
+    assert torch.equal(attention_maps(model, prompt.batch).patterns[1], found.prompts[0].maps.patterns[1])

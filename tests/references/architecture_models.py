@@ -74,10 +74,39 @@ UNREGISTERED: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
 }
 
+_SHORT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 1}
+_FALCON = {**_SHORT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_BIGCODE = {**_SHORT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+FUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "bloom": (UNREGISTERED["bloom"][0], "self_attention.query_key_value"),
+    "falcon, one key": (UNREGISTERED["falcon"][0], "self_attention.query_key_value"),
+    "falcon, a key each": (
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**_FALCON, multi_query=False, alibi=True, bias=True)),
+        "self_attention.query_key_value",
+    ),
+    "falcon, grouped": (
+        lambda: hf.FalconForCausalLM(hf.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2)),
+        "self_attention.query_key_value",
+    ),
+    "mpt": (
+        lambda: hf.MptForCausalLM(
+            hf.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=32)
+        ),
+        "attn.Wqkv",
+    ),
+    "gpt_bigcode, one key": (lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**_BIGCODE)), "attn.c_attn"),
+    "gpt_bigcode, a key each": (
+        lambda: hf.GPTBigCodeForCausalLM(hf.GPTBigCodeConfig(**_BIGCODE, multi_query=False)),
+        "attn.c_attn",
+    ),
+    "persimmon": (lambda: hf.PersimmonForCausalLM(hf.PersimmonConfig(**COMMON)), "self_attn.query_key_value"),
+}
+"""Families whose queries, keys and values are made by one projection, and where that is in a block."""
+
 
 def build(family: str) -> Any:
     """A model whose every parameter counts: biases and norms start at zero or one, which would hide errors."""
-    model = (REGISTERED.get(family) or UNREGISTERED[family][0])()
+    model = (REGISTERED.get(family) or {**FUSED, **UNREGISTERED}[family][0])()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -179,3 +208,39 @@ def check_query_key_slices(model: nn.Module, architecture: Architecture) -> None
             moved = (disturbed - clean).unflatten(-1, (-1, architecture.head_dim)).abs().amax((0, 1, 3))  # [heads]
             assert {index for index, size in enumerate(moved.tolist()) if size > 1e-4} == expected
             assert {index for index, size in enumerate(moved.tolist()) if size > 0} == expected
+
+
+def owners_of_rows(model: nn.Module, projection: nn.Module, output: nn.Module, n_heads: int) -> list[tuple[str, int]]:
+    """For each output of a fused projection what it makes ("query", "key" or "value"), and the first head it moves.
+
+    It is moved at one position, and what attention makes of it is looked at. A value is all that tells at a single
+    token; a key that moves at the first of several tells at the others; a query at its own position only.
+    """
+    heads: list[Tensor] = []
+    output.register_forward_pre_hook(lambda module, args: heads.append(args[0].detach().clone()))
+    moved: list[tuple[int, int]] = []
+
+    def move(module: nn.Module, args: Any, made: Tensor) -> Tensor:
+        made = made.clone()
+        for row, position in moved:
+            made[:, position, row] += 1.0
+        return made
+
+    projection.register_forward_hook(move)
+
+    def run(length: int, *changes: tuple[int, int]) -> Tensor:
+        moved[:] = changes
+        with torch.no_grad():
+            model(input_ids=token_ids()[:1, :length])
+        return heads.pop()[0].unflatten(-1, (n_heads, -1))  # [T, H, D]
+
+    alone, together = run(1), run(5)
+    found = []
+    for row in range(projection.weight.shape[isinstance(projection, hf.Conv1D)]):
+        if (apart := (run(1, (row, 0)) - alone).abs().amax((0, 2))).max() > 1e-6:
+            part = "value"
+        else:
+            part = "key" if (run(5, (row, 0)) - together).abs().max() > 1e-6 else "query"
+            apart = (run(5, (row, 4)) - together)[4].abs().amax(-1)
+        found.append((part, int((apart > 1e-6).nonzero()[0])))
+    return found

@@ -33,6 +33,24 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "",
         ),
     ),
+    "gpt_bigcode, one key": (
+        "transformer.h",
+        "ln_f",
+        ("ln_1", *["attn.c_attn"] * 3, "attn.c_proj", "", "ln_2", "mlp", ""),
+    ),
+    "persimmon": (
+        "model.layers",
+        "final_layernorm",
+        (
+            "input_layernorm",
+            *["self_attn.query_key_value"] * 3,
+            "self_attn.dense",
+            "",
+            "post_attention_layernorm",
+            "mlp",
+            "",
+        ),
+    ),
     "gemma2": (
         "model.layers",
         "norm",
@@ -63,18 +81,26 @@ def in_float64(model: Any) -> Any:
     return model.double()
 
 
+def groups_of(config: Any) -> int:
+    """Key/value groups of a decoder, as its configuration tells."""
+    if getattr(config, "multi_query", False):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 class ByHand:
     """A model whose readers are given any stream, one at a time."""
 
     def __init__(self, model: Any, family: str) -> None:
         path, norm, self.names = FAMILIES[family]
-        self.model, self.parallel, self.fused = model, family == "gpt_neox", family in ("gpt2", "phi3", "gpt_neox")
-        self.interleaved = family == "gpt_neox"
+        self.model, self.parallel = model, family == "gpt_neox"
+        self.fused = family in ("gpt2", "phi3", "gpt_neox", "gpt_bigcode, one key", "persimmon")
+        self.interleaved = family in ("gpt_neox", "persimmon")
         self.blocks = list(model.get_submodule(path))
         self.final = model.get_submodule(f"{path.rpartition('.')[0]}.{norm}")
         config = model.config
         self.heads = config.num_attention_heads
-        self.groups = getattr(config, "num_key_value_heads", None) or self.heads
+        self.groups = groups_of(config)
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
 
     def part(self, block: nn.Module, index: int) -> nn.Module:

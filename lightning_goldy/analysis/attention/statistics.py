@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -29,14 +30,13 @@ from lightning_goldy.analysis.attention.patterns import (
 )
 from lightning_goldy.analysis.result import AnalysisResult, Cost
 from lightning_goldy.core.architecture import Architecture
-from lightning_goldy.core.architecture.adapters import base_values
-from lightning_goldy.core.base import Base, base_of
+from lightning_goldy.core.architecture.adapters import base_run, base_within
+from lightning_goldy.core.base import Base
 from lightning_goldy.core.batches import sample_keys, take_samples
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
 from lightning_goldy.core.objective import Objective
 from lightning_goldy.core.sharding import Replicas, inside_parallel
-from lightning_goldy.core.vector import ParameterVector, substituted
 
 DEFAULT_MEMORY = 256 * 2**20
 
@@ -170,7 +170,7 @@ def attention_statistics(
     model = inside_parallel(model)
     replicas = Replicas.of(model) if split_over_ranks else Replicas()
     with preserved(model), replicas.together("attention_statistics"):
-        start = None if base is None else base_values(model, base_of(base, model))
+        start = None if base is None else base_run(model, base)
         architecture = describe_stack(model, stack)
         device = next(model.parameters()).device
         sums = _Sums(architecture, device, stack, with_drift=start is not None)
@@ -224,7 +224,12 @@ class _Sums:
         self.keys: list[str] = []
 
     def add(
-        self, model: nn.Module, batch: Any, objective: Objective | None, base: ParameterVector | None, memory: int
+        self,
+        model: nn.Module,
+        batch: Any,
+        objective: Objective | None,
+        base: Callable[[], AbstractContextManager[Any]] | None,
+        memory: int,
     ) -> None:
         tokens, n_layers = Tokens.of(batch, self.stack), len(self.heads)
         self.samples.append(torch.zeros(2, len(tokens.ids), dtype=torch.float64, device=self.sums.device))
@@ -234,7 +239,7 @@ class _Sums:
             layers = range(start, min(start + per_group, n_layers))
             before: dict[int, Tensor] = {}
             if base is not None:
-                with substituted(model, base):
+                with base():
                     show_patterns(model, self.architecture, batch, objective, partial(_keep, before), layers=layers)
             take = partial(self._take, tokens, before)
             show_patterns(model, self.architecture, batch, objective, take, layers=layers)
@@ -535,14 +540,15 @@ def track_attention(
         (((0, 0), (0, 1), (1, 0), (1, 1)), 2, 4)
     """
     model = inside_parallel(model)
-    start = None if base is None else base_values(model, base_of(base, model))
+    start = None if base is None else base_within(base, model)
     options: dict[str, Any] = {"base": start, "n_samples": n_samples, "stack": stack, "progress": progress}
     statistics = attention_statistics(model, batches, objective, **options)
+    at_base = None if start is None or not prompts else base_run(model, start)
     shown = []
     for prompt in prompts:
         before = None
-        if start is not None:
-            with substituted(model, start):
+        if at_base is not None:
+            with at_base():
                 before = attention_maps(model, prompt.batch, stack=stack, name_tokens=name_tokens)
         present = attention_maps(model, prompt.batch, stack=stack, name_tokens=name_tokens)
         shown.append(PromptAttention(prompt.name, prompt.n_tokens, present, before))

@@ -39,14 +39,17 @@ Margins = Mapping[str, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class UnitPart:
-    """Where the units of a group lie in one parameter: unit u has ``length`` indices from ``offset + u * stride``.
+    """Where the units of a group lie in one parameter.
+
+    Unit u has ``length`` indices from ``offset + u // run * stride + u % run * length``.
 
     Args:
         name: Canonical name of the parameter.
         dim: The dimension that the units divide.
         offset: Where unit 0 begins.
-        stride: Indices from one unit to the next.
+        stride: Indices from one unit, or one run of units, to the next.
         length: Indices of one unit.
+        run: Units that lie side by side before the next stride.
     """
 
     name: str
@@ -54,10 +57,13 @@ class UnitPart:
     offset: int
     stride: int
     length: int
+    run: int = 1
 
     def places(self, count: int) -> Tensor:
         """Indices along the dimension, shape ``[count, length]``."""
-        return self.offset + torch.arange(count)[:, None] * self.stride + torch.arange(self.length)
+        units = torch.arange(count)[:, None]
+        starts = self.offset + units // self.run * self.stride + units % self.run * self.length
+        return starts + torch.arange(self.length)
 
 
 @dataclass(frozen=True)
@@ -306,7 +312,7 @@ def _head_parts(projection: HeadProjection, space: ParameterSpace) -> Iterator[U
     for _, name, dim in projection.axes:
         # Heads divide a merged weight whatever the form of its adapter, as DoRA.
         if not projection.obstacle or (name not in space and merged_name(name) in space):
-            yield UnitPart(name, dim, layout.offset, layout.stride or layout.head_dim, layout.head_dim)
+            yield UnitPart(name, dim, layout.offset, layout.stride or layout.head_dim, layout.head_dim, layout.run)
 
 
 def _neurons(model: nn.Module, block: Block) -> Iterator[UnitGroup]:

@@ -199,6 +199,8 @@ def forecast_attribution(
     learned: int = 0,
     blocks: int = 0,
     searched: int = 0,
+    found: int = 0,
+    beside: int = 0,
     draws: int = 0,
 ) -> Forecast:
     """Change attribution with ``auto`` nodes at their least, and the grafts that test it.
@@ -215,23 +217,25 @@ def forecast_attribution(
         learned: Steps in which the mask of each share is learned; 0 where none is.
         blocks: Whose change is measured alone, and left out of the whole; 0 where none is.
         searched: Grafts that the greedy search of blocks tries; 0 where none is made.
-        draws: Further draws of random elements, of which harm is not measured.
+        found: Grafts that this search finds, each a share of its own.
+        beside: Methods that take as many elements as each of these.
+        draws: Further draws of random elements for each share, of which harm is not measured.
     """
     elements, batches = plan.elements(), plan.batches(n_samples)
     scored, held = _halves(batches) if n_shares else (batches, [])
     score, hold = passes_over(scored), passes_over(held)
     other = passes_over(plan.batches(n_collateral)) if n_shares else passes_over([])
-    points = n_shares * masked + factors if n_shares else 0
+    points = n_shares * masked + found * (1 + beside) + factors if n_shares else 0
     # A step of learning takes an eighth of the samples, and of the other text; it is tried in full five times.
     taught = n_shares * learned / 8
     tried = 5 * n_shares * bool(learned)
     work = Work(
         forward=(2 + 2 * first + 2 * blocks + tried + searched) * score
-        + (3 + points + n_shares * draws) * hold
+        + (3 + points + (n_shares + found) * draws) * hold
         + (4 + 2 * points + tried) * other,
         backward=(nodes + first + round(taught)) * score + round(taught) * other,
         elements=elements * (6.0 * nodes * max(8, score.calls) + 4.0 * points + 12.0 * n_shares * learned),
-        selected=2.0 * elements * n_shares * (masked + learned + draws),
+        selected=2.0 * elements * (n_shares * (masked + learned + draws) + found * (beside + draws)),
     )
     widest = max((rows * tokens for rows, tokens in batches), default=0)
     return Forecast(

@@ -14,7 +14,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, get_args
@@ -28,7 +28,7 @@ from lightning_goldy.core.files import PlainError
 from lightning_goldy.core.naming import canonical_name, model_class, require_choice
 from lightning_goldy.core.sharding import gather, is_sharded, is_tensor_parallel
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
-from lightning_goldy.core.vector import ParameterVector, reduce_tensors
+from lightning_goldy.core.vector import ParameterVector, reduce_tensors, substituted
 
 T = TypeVar("T")
 WeightSpace = Literal["merged", "adapters"]
@@ -165,6 +165,42 @@ def base_values(model: nn.Module, base: BaseParameters) -> ParameterVector:
             "TaylorDiff and ChangeAttribution compare with it all the same"
         )
     return base.vector(model)
+
+
+def base_run(model: nn.Module, base: Base) -> Callable[[], AbstractContextManager[Any]]:
+    """What has a model compute as its base does for the length of a ``with`` block, as often as it is entered.
+
+    Args:
+        model: As it is now.
+        base: Anything that ``base_of`` takes; of a model with adapters also the plain model that they lie on, which is
+            run without them.
+
+    Raises:
+        AdapterError: No values do, because other adapters are in use than in the base, or with another scaling.
+        SpaceError: The base is of another model.
+        TypeError: It cannot be a base.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> base = ParameterVector(ParameterSpace.of(layer), {"weight": layer.weight.detach() - layer.weight.detach()})
+        >>> with base_run(layer, base)():
+        ...     layer.weight.item()
+        0.0
+    """
+    found = base_within(base, model)
+    if found.laid_on == {} and adapted_layers(model):
+        return partial(_run_without, model, found.vector(model))
+    return partial(substituted, model, base_values(model, found))
+
+
+@contextmanager
+def _run_without(model: nn.Module, values: ParameterVector) -> Iterator[None]:
+    """Values of what adapters lie on, with no adapter laid on."""
+    with ExitStack() as stack:
+        for path, layer in adapted_layers(model).items():
+            stack.enter_context(_as_laid_on(path, layer, {}))
+        stack.enter_context(substituted(model, values))
+        yield
 
 
 def base_within(base: Base, model: nn.Module, space: str = "merged") -> BaseParameters:

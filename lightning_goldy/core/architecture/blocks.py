@@ -91,19 +91,22 @@ class ParameterSlice:
 class HeadLayout:
     """Where heads lie along a dimension: head h is ``head_dim`` indices from ``offset + h * stride``.
 
-    For keys and values the heads are key/value groups. A stride of 0 stands for ``head_dim``.
+    For keys and values the heads are key/value groups. A stride of 0 stands for ``head_dim``. With a ``run`` above 1 so
+    many heads lie side by side before the next stride: head h begins at
+    ``offset + h // run * stride + h % run * head_dim``.
     """
 
     n_heads: int
     head_dim: int
     offset: int = 0
     stride: int = 0
+    run: int = 1
 
     def start(self, head: int) -> int:
         """Where a head starts; an IndexError where there is no such head."""
         if not 0 <= head < self.n_heads:
             raise IndexError(f"head {head}: there are {self.n_heads} heads, 0 to {self.n_heads - 1}")
-        return self.offset + head * (self.stride or self.head_dim)
+        return self.offset + head // self.run * (self.stride or self.head_dim) + head % self.run * self.head_dim
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from lightning_goldy.core.architecture.families import (
     inside_prefix,
     is_projection,
     join_names,
+    known_fused,
     projection_width,
     read_attention,
     read_registered,
@@ -198,7 +199,8 @@ def probe_architecture(
     attention output projection is the first projection of input width heads x head_dim called after attention is
     computed, and the MLP is what writes to the residual stream outside attention. Both are verified: a head that is
     closed in the attention function must be a slice of the projection's input, and of an MLP whose writers are silenced
-    nothing may remain. ``query_key_value`` is None in blocks whose projections are fused or unusually named.
+    nothing may remain. ``query_key_value`` is None in blocks whose projections are fused in no known way or unusually
+    named.
     """
     model = modules[owner]
     block_lists = [_find_blocks(modules, name) for name in _stack_names(modules, owner, config, stack)]
@@ -410,7 +412,8 @@ class _BlockProbe:
             blocks=self.block.rpartition(".")[0],
             attention=attention[path],
             output=output[path],
-            query_key_value=_usual_projections(self.modules, self.block, before, counts),
+            query_key_value=_usual_projections(self.modules, self.block, before, counts)
+            or known_fused(self.config, self.block, before),
         )
         outside = self._outside(attention, output)
         residual = projection_width(self.modules[output], "out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,8 @@ from lightning_goldy.core.architecture.blocks import (
 )
 from lightning_goldy.core.naming import Registry, canonical_name, model_class
 
+FusedOrder: TypeAlias = Literal["concatenated", "interleaved", "grouped"]
+
 
 @dataclass(frozen=True)
 class FusedProjection:
@@ -35,11 +37,12 @@ class FusedProjection:
     Args:
         path: Its path within the block.
         order: ``concatenated`` for all queries, then all keys, then all values (GPT-2, Phi-3); ``interleaved`` for the
-            query, key and value of head 0, then those of head 1, ... (GPT-NeoX).
+            query, key and value of head 0, then those of head 1, ... (GPT-NeoX); ``grouped`` for the queries, the key
+            and the value of key/value group 0, then those of group 1, ... (Falcon 40B).
     """
 
     path: str
-    order: Literal["concatenated", "interleaved"]
+    order: FusedOrder
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,40 @@ for _types, _spec in (
     ),
 ):
     register_architecture(*_types)(_constant(_spec))
+
+
+_FUSED_PATHS = {
+    "bloom": "self_attention.query_key_value",
+    "falcon": "self_attention.query_key_value",
+    "gpt_bigcode": "attn.c_attn",
+    "mpt": "attn.Wqkv",
+    "persimmon": "self_attn.query_key_value",
+}
+
+
+def known_fused(config: Any, block: str, called: Sequence[str]) -> FusedProjection | None:
+    """The fused projection of a family that is probed for all else: how it is laid out cannot be seen from outside.
+
+    Args:
+        config: Of the model; its ``model_type`` names the family.
+        block: Dotted name of the block.
+        called: Names of the projections that it calls before attention.
+
+    Example:
+        >>> from transformers import FalconConfig
+        >>> known_fused(FalconConfig(new_decoder_architecture=True), "h.0", ["h.0.self_attention.query_key_value"])
+        FusedProjection(path='self_attention.query_key_value', order='grouped')
+    """
+    family = getattr(config, "model_type", None)
+    path = _FUSED_PATHS.get(family) if isinstance(family, str) else None
+    if path is None or join_names(block, path) not in called:
+        return None
+    order: FusedOrder = "concatenated" if family == "mpt" else "interleaved"
+    if family in ("falcon", "gpt_bigcode") and config.multi_query:
+        order = "concatenated"
+    if family == "falcon" and config.new_decoder_architecture:
+        order = "grouped"
+    return FusedProjection(path, order)
 
 
 def canonical_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -304,15 +341,18 @@ def _query_key_value(
     return QueryKeyValue(*(_projection(p, HeadLayout(n, head_dim), "out") for p, n in zip(parts, counts, strict=True)))
 
 
-def _fused_layouts(
-    part: NamedModule, order: Literal["concatenated", "interleaved"], n_heads: int, head_dim: int
-) -> list[HeadLayout]:
+def _fused_layouts(part: NamedModule, order: FusedOrder, n_heads: int, head_dim: int) -> list[HeadLayout]:
     """Where queries, keys and values lie in the output of one projection."""
     heads = _split(projection_width(part.module, "out"), head_dim, part.name)
     if order == "interleaved":
         each = _split(heads, 3, part.name)
         return [HeadLayout(each, head_dim, index * head_dim, 3 * head_dim) for index in range(3)]
     groups = _split(heads - n_heads, 2, part.name)
+    if order == "grouped":
+        run = _split(n_heads, groups, part.name)
+        stride = (run + 2) * head_dim
+        keys, values = (HeadLayout(groups, head_dim, (run + index) * head_dim, stride) for index in range(2))
+        return [HeadLayout(n_heads, head_dim, 0, stride, run), keys, values]
     sizes, starts = (n_heads, groups, groups), (0, n_heads, n_heads + groups)
     return [HeadLayout(size, head_dim, start * head_dim) for size, start in zip(sizes, starts, strict=True)]
 

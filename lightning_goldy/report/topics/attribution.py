@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_goldy.core.naming import kind_of
 from lightning_goldy.report.builders import (
     Bars,
     HeatMap,
@@ -391,7 +392,23 @@ def heads_caption(row: Row) -> str:
         weak = f" WEAK: {row['result']['weak']}." if row["result"].get("weak") else ""
     value, place, head, low, high = max(heads, key=lambda found: abs(found[0]))
     span = f" [{low}, {high}]" if low else ""
-    return f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}{span}.{weak}"
+    return (
+        f"Query and output weights of each head; most by head {head} of {place}, {format_number(value)}{span}."
+        f"{_undivided(row)}{weak}"
+    )
+
+
+def _undivided(row: Row) -> str:
+    """What of attention's projections is no head's, because no family describes how heads divide it."""
+    found = [
+        unit["place"]
+        for unit in row["result"]["units"]
+        if unit["kind"] == "rest" and unit["place"].endswith(".weight") and kind_of(unit["place"]) == "attention"
+    ]
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return f" How heads divide {found[0]}{more} is not described: queries, keys and values are no head's there."
 
 
 def _unit_spans(unit: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -8,15 +8,20 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import CodeGenConfig, CodeGenForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lightning_goldy.analysis import ChangeAttributionResult, change_attribution, mask_links
 from lightning_goldy.core import CausalLMObjective, FunctionObjective, ParameterSpace, ParameterVector
+from lightning_goldy.core.architecture import describe_architecture
 from lightning_goldy.core.files import percentage
 from lightning_goldy.core.mask import ParameterMask
 from lightning_goldy.core.naming import block_of
 from lightning_goldy.core.space import SpaceError
-from tests.references.attribution import moved
-from tests.references.models import build, token_batch
+from lightning_goldy.report.topics.attribution import heads_caption
+from tests.references import architecture_models
+from tests.references.attribution import moved, units_of
+from tests.references.models import build, class_batch, token_batch
 
 
 class Coupled(nn.Module):
@@ -144,3 +149,48 @@ def test_a_mask_of_another_model_is_refused():
     with pytest.raises(SpaceError, match=r"no parameter '0\.weight' in this space"):
         mask_links(scores, {"wrong": wrong}, change=1.0)
     assert other.total == 3
+
+
+@pytest.mark.parametrize("family", architecture_models.FUSED)
+def test_heads_of_a_fused_projection_have_their_queries_keys_and_values(family):
+    base = architecture_models.build(family).double()
+    model = copy.deepcopy(base)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = architecture_models.token_ids()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    found = change_attribution(model, base, [batch], nodes=2, keep_scores=True)
+    block = describe_architecture(base).blocks[1]
+    fused, output = block.module.get_submodule(architecture_models.FUSED[family][1]), block.attention_output
+    turned = isinstance(fused, Conv1D)
+    name = f"{block.name}.{architecture_models.FUSED[family][1]}"
+    rows = found.scores[f"{name}.weight"].sum(0 if turned else 1)
+    if f"{name}.bias" in found.scores.space:
+        rows = rows + found.scores[f"{name}.bias"]
+    columns = found.scores[f"{block.attention_output_name}.weight"].sum(int(isinstance(output, Conv1D)))
+    heads = columns.unflatten(0, (block.n_heads, -1)).sum(1).double()
+    groups = torch.zeros(block.n_heads, dtype=torch.float64)
+    owners = architecture_models.owners_of_rows(base, fused, output, block.n_heads)
+    for value, (part, head) in zip(rows, owners, strict=True):
+        (heads if part == "query" else groups)[head] += value
+    firsts = sorted({head for part, head in owners if part != "query"})
+    torch.testing.assert_close(units_of(found, "head")[block.name], heads, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(units_of(found, "key_value")[block.name], groups[firsts], rtol=1e-9, atol=1e-12)
+    assert not any(unit["place"].startswith(name) for unit in found.units if unit["kind"] == "rest")
+
+
+def test_the_map_of_heads_names_what_could_not_be_divided_among_them():
+    sizes = {"vocab_size": 67, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4}
+    torch.manual_seed(2)
+    one, other = (CodeGenForCausalLM(CodeGenConfig(**sizes, bos_token_id=1, eos_token_id=1)).eval() for _ in range(2))
+    for base, model, told in (
+        (one, moved(one, other, 0.3).eval(), True),
+        *((build(family, 0), build(family, 1), False) for family in ("gpt2", "gpt_neox", "bert")),
+    ):
+        batch = class_batch(6) if base.config.model_type == "bert" else token_batch(6)
+        row = {"result": change_attribution(model.eval(), base.eval(), [batch], nodes=2).details(), "metrics": {}}
+        words = "How heads divide transformer.h.0.attn.qkv_proj.weight and 1 more is not described"
+        assert (words in heads_caption(row)) is told
+        assert ("is not described" in heads_caption(row)) is told

@@ -16,13 +16,11 @@ from lightning_goldy.analysis.circuits.runs import CircuitOptions, measure, wire
 from lightning_goldy.analysis.circuits.scores import grouped_scores
 from lightning_goldy.core.architecture import UnsupportedArchitectureError
 from tests.references.architecture_models import REGISTERED, UNREGISTERED, VOCABULARY, build, lora
-from tests.references.circuits import FAMILIES, in_float64, patched_by_hand, slope_by_hand
+from tests.references.circuits import FAMILIES, groups_of, in_float64, patched_by_hand, slope_by_hand
 
 REFUSED = {
     "bert": "normalise the stream itself",
     "roberta": "normalise the stream itself",
-    "bloom": "are fused or unusually named",
-    "falcon": "are fused or unusually named",
 }
 DECODERS = [family for family in (*REGISTERED, *UNREGISTERED) if family not in REFUSED]
 
@@ -125,10 +123,10 @@ def test_every_decoder_has_a_graph(family: str):
     model = build(family)
     graph, config = CircuitGraph.of(model), model.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = groups_of(config)
     assert len(graph.writers) == 1 + layers * (heads + 1)
     assert len(graph.readers) == layers * (heads + 2 * groups + 1) + 1
-    beside = family in ("gpt_neox", "phi")
+    beside = family in ("gpt_neox", "phi", "falcon")
     assert graph.seen[graph.readers.index("m0")] == (1 if beside else 1 + heads)
     assert (graph.seen[0], graph.seen[-1]) == (1, len(graph.writers))
 

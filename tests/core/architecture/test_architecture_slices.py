@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitectureError, describe_architecture
 from tests.references.architecture_models import (
+    FUSED,
     REGISTERED,
     build,
     check_output_slices,
@@ -20,6 +21,7 @@ from tests.references.architecture_models import (
     gated,
     logits,
     lora,
+    owners_of_rows,
 )
 
 
@@ -33,6 +35,29 @@ def test_output_slices_are_the_heads(family: str) -> None:
 def test_value_slices_are_the_heads(family: str) -> None:
     model = build(family)
     check_value_slices(model, describe_architecture(model))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_rows_of_a_fused_projection_are_those_of_the_heads_that_they_move(family: str) -> None:
+    model = build(family).double()
+    for block in describe_architecture(model).blocks:
+        fused = block.module.get_submodule(FUSED[family][1])
+        found = {}
+        for part, projection in (("query", block.query), ("key", block.key), ("value", block.value)):
+            assert projection.module is fused
+            for head in range(projection.layout.n_heads):
+                first = head if part == "query" else block.query_heads(head)[0]
+                weight = projection.head_slice(head)[0]
+                found.update({weight.start + row: (part, first) for row in range(weight.length)})
+        expected = owners_of_rows(model, fused, block.attention_output, block.n_heads)
+        assert [found[row] for row in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_slices_of_a_fused_projection_are_the_heads(family: str) -> None:
+    model = build(family)
+    check_value_slices(model, describe_architecture(model))
+    check_query_key_slices(model, describe_architecture(model))
 
 
 @pytest.mark.parametrize("family", REGISTERED)
