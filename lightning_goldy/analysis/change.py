@@ -383,7 +383,6 @@ def log_histogram(delta: Tensor) -> Tensor:
 
 Directions = dict[str, tuple[Tensor, ...]]
 """Singular directions and values of the base by tensor, and what its null is told from."""
-
 _COLUMNS = (
     "relative_change",
     "stable_rank",

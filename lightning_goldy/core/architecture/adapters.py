@@ -172,8 +172,7 @@ def base_run(model: nn.Module, base: Base) -> Callable[[], AbstractContextManage
 
     Args:
         model: As it is now.
-        base: Anything that ``base_of`` takes; of a model with adapters also the plain model that they lie on, which is
-            run without them.
+        base: Anything that ``base_of`` takes; with adapters also the plain model below, which is run without them.
 
     Raises:
         AdapterError: No values do, because other adapters are in use than in the base, or with another scaling.

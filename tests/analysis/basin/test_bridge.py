@@ -207,6 +207,28 @@ def test_chains_that_leave_the_gaussian_go_on_on_a_tether(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_trajectories_on_a_tether_are_longer_only_where_many_are_left() -> None:
+    module, cost, _, _ = quadratic(20)
+    field = PointField(cost, module.value.detach(), Eigenbasis(ParameterSpace.of(module), torch.ones(20, 20), **PLACE))
+    tilt = Tilt(b=1.0, t=0.0, kappa=1.0, curvature=torch.ones(20), learned=torch.ones(20), pull=torch.zeros(20))
+
+    def lengths(budget: int) -> list[int]:
+        walk = TetherWalk(field, tilt, 0.5, BridgeSettings(chains=4, max_gradients=budget))
+        walk.chains, walk.done = walk._chains(), {"before": 0}
+        walk.chains.steps = torch.full((4,), math.log(0.1), dtype=torch.float64)
+        found = []
+        for _, length in walk._stages(1.0, 1e6, 0.1, 0):
+            found.append(length)
+            walk.taken += 4 * length
+        return found
+
+    assert set(lengths(100_000)) == {16}  # a quarter of a period
+    few, many = lengths(800_000), lengths(8_000_000)
+    assert set(few) == {63}
+    assert len(few) >= 256
+    assert set(many) == {63}  # four quarters
+
+
 class Softmax:
     """The divergence of a linear classifier of 9 inputs and a bias into 3 classes: 30 parameters, a convex region."""
 
