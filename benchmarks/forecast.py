@@ -2,10 +2,10 @@
 
     python benchmarks/forecast.py [--model FOLDER] [--only NAME ...]
 
-One small run of two firings for each callback, on two small models or on that of the folder; all its seconds are told,
-processor time of one thread. What the machine's speed is measured from is timed again before each firing, since
-others use the machine, too. Memory is the largest resident size while the analysis ran, less that before it; disk what
-the callback's folder holds at the end.
+One small run of two firings for each callback, on two small models, or on that of the folder, and of attention on one
+of a large vocabulary, too; all its seconds are told, processor time of one thread. What the machine's speed is
+measured from is timed again before each firing, since others use the machine, too. Memory is the largest resident size
+while the analysis ran, less that before it; disk what the callback's folder holds at the end.
 A ratio within 1.5 is meant, of what is told as a bound any up to that; figures too small to be told from noise are
 left out.
 """
@@ -49,6 +49,8 @@ from lightning_goldy.core.pieces import KnowledgePiece
 from lightning_goldy.data import byte_tokenizer
 
 SMALL = ("gpt2", "llama")
+# Logits of a large vocabulary, beside which everything else is small.
+WIDE = "wide"
 MEANT = 1.5
 # Below these the machine's own noise is larger.
 LEAST = {"seconds": 0.2, "memory": 20e6, "disk": 1e5}
@@ -60,6 +62,12 @@ def built(name: str) -> torch.nn.Module:
     if name == "tiny":
         return GPT2LMHeadModel(
             GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=8192, bos_token_id=0, eos_token_id=0)
+        )
+    if name == WIDE:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_layer=2, n_head=4, n_embd=128, n_positions=64, vocab_size=49152, bos_token_id=0, eos_token_id=0
+            )
         )
     if name == "gpt2":
         return GPT2LMHeadModel(
@@ -207,8 +215,9 @@ def main() -> None:
     kinds = " | ".join(f"{kind} | measured | ratio" for kind in ("seconds", "memory, MB", "disk, MB"))
     print(f"| model | callback | {kinds} |\n|{'---|' * 11}", flush=True)
     off = 0
-    for model in [options.model] if options.model else SMALL:
-        command = [sys.executable, "-W", "ignore", __file__, "--run", model, "--only", *options.only]
+    for model in [options.model] if options.model else (*SMALL, WIDE):
+        names = [name for name in options.only if model != WIDE or name == "attention"]
+        command = [sys.executable, "-W", "ignore", __file__, "--run", model, "--only", *names]
         with (
             tempfile.TemporaryFile("w+") as said,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as running,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as L
-from lightning.pytorch.utilities import rank_zero_deprecation
+from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info
 from torch import Tensor, nn
 
 from lightning_goldy.analysis.coupling import (
@@ -76,13 +76,13 @@ class WatchedPieces:
 def find_pieces(
     trainer: L.Trainer, source: PieceSource, edits: Sequence[str] | None, template: str | None
 ) -> WatchedPieces:
-    """The pieces that are given, or those of the data module, with their classes.
+    """The pieces that are given, or those of the data module, or the atlas where it has none, with their classes.
 
     The atlas knows its edited and rehearsed facts; another data module those that it holds in ``train_pieces``.
 
     Args:
         trainer: Its data module is asked.
-        source: A file, ``"atlas"``, pieces, or None for the data module's.
+        source: A file, ``"atlas"``, pieces, or None for the data module's, else the atlas.
         edits: Ids of the pieces that the finetune teaches; None asks the data module.
         template: The prompt; None for the data module's.
 
@@ -148,13 +148,12 @@ def _pieces(source: PieceSource, data: Any) -> tuple[KnowledgePiece, ...]:
     if isinstance(data, AtlasDataModule):
         known = {_id(fact) for fact in data.facts}
         return tuple(piece for piece in load_pieces("atlas").pieces if piece.id in known)
-    pieces = getattr(data, "pieces", None)
-    if not pieces or not all(isinstance(piece, KnowledgePiece) for piece in pieces):
-        raise ValueError(
-            f"no pieces of knowledge: pass pieces= (a file, 'atlas', or a list of KnowledgePiece), or train with an "
-            f"AtlasDataModule or a KnowledgeDataModule; this is {'no data module' if data is None else type(data)!s}"
-        )
-    return tuple(pieces)
+    return tuple(data.pieces) if _has_pieces(data) else load_pieces("atlas").pieces
+
+
+def _has_pieces(data: Any) -> bool:
+    pieces = getattr(data, "pieces", None) or ()
+    return bool(pieces) and all(isinstance(piece, KnowledgePiece) for piece in pieces)
 
 
 def _taught(edits: Sequence[str] | None, data: Any, pieces: Sequence[KnowledgePiece]) -> tuple[set[str], set[str]]:
@@ -309,7 +308,8 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
     is one, else it is kept in a file.
 
     Args:
-        pieces: A file of pieces, ``atlas``, or a list of them; by default the data module's.
+        pieces: A file of pieces, ``atlas``, or a list of them; by default the data module's, or the atlas where it has
+            none.
         edits: Ids of the pieces that the finetune teaches; by default the atlas's edited facts, or the data module's
             ``train_pieces``.
         select: Whose gradients are compared: ``mlp_output``, ``attention_output``, or patterns of parameter names.
@@ -393,6 +393,12 @@ class KnowledgeCoupling(AnalysisCallback[KnowledgeState]):
                 f"{type(objective).__name__}"
             )
         watched = find_pieces(trainer, self.pieces, self.edits, self.template)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.pieces is None and not (isinstance(data, AtlasDataModule) or _has_pieces(data)):
+            rank_zero_info(
+                f"{self.name}: the data has no pieces of knowledge, so the atlas's {len(watched.pieces)} are those "
+                "that are watched; pieces= takes others"
+            )
         self._watched = drawn(watched, self.n_pieces, self.seed)
         Replicas.world().agree(f"{self.name}: the list of pieces", self._watched.pieces)
         if find_tokenizer(trainer) is None:

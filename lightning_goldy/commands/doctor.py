@@ -59,7 +59,7 @@ from lightning_goldy.core.architecture import HeadGates, UnsupportedArchitecture
 from lightning_goldy.core.files import printable
 from lightning_goldy.core.isolation import preserved
 from lightning_goldy.core.naming import require_at_least, require_choice
-from lightning_goldy.core.objective import Objective, objective_for
+from lightning_goldy.core.objective import CausalLMObjective, Objective, objective_for
 from lightning_goldy.core.space import ParameterSpace, trainable_parameters
 from lightning_goldy.core.store import available_memory
 from lightning_goldy.training.models import AUTO_CLASSES, Head, load_model
@@ -327,7 +327,7 @@ def works_on(model: nn.Module, objective: Objective, *, meta: bool) -> dict[str,
     """
     length = 8
     batch = _with_labels(model, torch.arange(3, 3 + length, device=next(model.parameters()).device)[None])
-    routes = _structure(model) if meta else _trials(model, objective, batch)
+    routes = _structure(model, objective) if meta else _trials(model, objective, batch)
     found = {}
     for name, act in routes.items():
         try:
@@ -365,23 +365,42 @@ def _trials(model: nn.Module, objective: Objective, batch: Any) -> dict[str, Cal
         "taylor": lambda: expansion_route(model, batch, objective)[1],
         "attention": attention,
         "basin": lambda: f"{objective.logits_and_targets(model, batch).logits.shape[-1]} classes",
-        "coupling": lambda: f"{len(selected_parameters(model, 'mlp_output'))} MLP output projections",
+        "coupling": lambda: _coupled(model, objective),
         "heads": heads,
         "circuits": circuits,
     }
 
 
-def _structure(model: nn.Module) -> dict[str, Callable[[], str]]:
+def _require_next_tokens(model: nn.Module, objective: Objective, what: str) -> None:
+    if not isinstance(objective, CausalLMObjective):
+        raise ValueError(
+            f"{what} asks a causal language model; the objective of {type(model).__name__} is "
+            f"{type(objective).__name__}"
+        )
+
+
+def _coupled(model: nn.Module, objective: Objective) -> str:
+    _require_next_tokens(model, objective, "coupling")
+    return f"{len(selected_parameters(model, 'mlp_output'))} MLP output projections"
+
+
+def _structure(model: nn.Module, objective: Objective) -> dict[str, Callable[[], str]]:
     def heads() -> str:
         blocks = describe_architecture(model).blocks
         return f"{sum(block.n_heads for block in blocks)} heads in {len(blocks)} blocks"
+
+    def circuits() -> str:
+        _require_next_tokens(model, objective, "circuits")
+        return f"{heads()}; whether their sums are the stream shows with values"
 
     return {
         "golden, reverse golden, taylor, basin, change, distribution": lambda: (
             f"{len(ParameterSpace.of(model))} trainable tensors; the rest shows with values"
         ),
-        "attention, heads": heads,
-        "coupling": lambda: f"{len(selected_parameters(model, 'mlp_output'))} MLP output projections",
+        "attention": heads,
+        "heads": heads,
+        "coupling": lambda: _coupled(model, objective),
+        "circuits": circuits,
     }
 
 

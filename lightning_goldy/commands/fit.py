@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ import lightning.pytorch as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_goldy.commands.output import trainer_words
@@ -33,6 +34,13 @@ from lightning_goldy.training.recipes import all_recipes
 class SaveRunConfig(SaveConfigCallback):
     """Saves the run's configuration in its log directory, beside earlier ones: config.yaml, config-1.yaml, ..."""
 
+    began = False
+    """Whether a batch was trained on."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Notes that the run was not refused."""
+        self.began = True
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Picks a free name. Runs with a logger have directories of their own; those without share one."""
         folder = trainer.log_dir
@@ -42,6 +50,49 @@ class SaveRunConfig(SaveConfigCallback):
                 number += 1
                 self.config_filename = f"config-{number}.yaml"
         super().setup(trainer, pl_module, stage)
+
+
+# What loggers and the saving of the configuration write before the first step.
+_BEFORE_TRAINING = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*", "metrics.csv")
+
+
+class Traces:
+    """What a run writes before its callbacks have checked anything, to be taken back where one of them refuses."""
+
+    def __init__(self) -> None:
+        self._trainer: L.Trainer | None = None
+        self._made: list[Path] = []
+
+    def note(self, trainer: L.Trainer) -> None:
+        """Notes which folders of loggers are not there yet, those that they lie in among them; rank 0 alone does."""
+        if getattr(rank_zero_only, "rank", 0):
+            return
+        self._trainer = trainer
+        for logger in trainer.loggers:
+            folder = getattr(logger, "log_dir", None)
+            if folder and "://" not in str(folder) and not Path(folder).exists():
+                self._made += [each for each in (Path(folder), *Path(folder).parents) if not each.exists()]
+
+    def withdraw(self) -> None:
+        """Removes them, unless a batch was trained on or anything else lies there, such as a result."""
+        savers = [each for each in self._trainer.callbacks if isinstance(each, SaveRunConfig)] if self._trainer else []  # type: ignore[attr-defined]
+        if self._trainer is None or any(saver.began for saver in savers):
+            return
+        for saver in savers:
+            if saver.already_saved and not self._trainer.loggers:
+                Path(self._trainer.default_root_dir, saver.config_filename).unlink(missing_ok=True)
+        for folder in self._made:
+            found = list(folder.iterdir()) if folder.is_dir() else []
+            if all(any(map(path.match, _BEFORE_TRAINING)) and path.is_file() for path in found):
+                for path in found:
+                    path.unlink()
+            with suppress(OSError):
+                folder.rmdir()
+        # That of results, where there is no logger.
+        unlogged: Path | None = getattr(self._trainer, "_goldy_run_directory", None)
+        with suppress(OSError):
+            for folder in (unlogged, unlogged.parent) if unlogged else ():
+                folder.rmdir()
 
 
 class _PlainParser(LightningArgumentParser):
@@ -158,7 +209,8 @@ def accepted_options(kind: type) -> list[str]:
 class GoldyCLI(LightningCLI):
     """LightningCLI for :class:`lightning_goldy.GoldyModule`, or any other LightningModule given as ``class_path``."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, traces: Traces | None = None, **options: Any) -> None:
+        self.traces = traces
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -180,10 +232,17 @@ class GoldyCLI(LightningCLI):
         words, changes = callback_changes(sys.argv[1:] if args is None else args)
         with command_line(words):
             super().parse_arguments(parser, None if args is None else words)
+        config = self.config[self.config["subcommand"]] if "subcommand" in self.config else self.config
+        if isinstance(listed := config["trainer"].get("callbacks"), list):
+            config["trainer"]["callbacks"] = arranged_callbacks(listed)
         if changes:
-            config = self.config[self.config["subcommand"]] if "subcommand" in self.config else self.config
             change_callbacks(config["trainer"].get("callbacks") or [], changes)
             self.config = parser.parse_object(self.config)
+
+    def before_fit(self) -> None:
+        """Notes what is there before anything is written."""
+        if self.traces is not None:
+            self.traces.note(self.trainer)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes GoldyModule what ``--model`` is unless a class path says otherwise."""
@@ -243,6 +302,35 @@ def change_callbacks(callbacks: Sequence[Any], changes: Iterable[tuple[str, str,
         found[0][f"init_args.{option}"] = value
 
 
+def arranged_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+    """The callbacks of several configurations, so that a preset goes with a recipe that attaches some of its own.
+
+    Of two of one class without a name, which could not be told apart, the first stays; the snapshot goes before those
+    that compare with it.
+
+    Args:
+        callbacks: Each with ``class_path`` and ``init_args``, in the order that they are given.
+
+    Example:
+        >>> listed = ["lightning.Timer", *(f"lightning_goldy.{kind}" for kind in ("A", "A", "GoldenSnapshot"))]
+        >>> [each["class_path"].rpartition(".")[2] for each in arranged_callbacks([{"class_path": x} for x in listed])]
+        ['Timer', 'GoldenSnapshot', 'A']
+    """
+    kept: dict[Any, Any] = {}
+    for place, callback in enumerate(callbacks):
+        own = callback["class_path"].startswith("lightning_goldy.")
+        name, *_, kind = _names_of(callback)
+        nameless = own and not (callback.get("init_args") or {}).get("name")
+        if nameless and kind in kept:
+            rank_zero_info(f"{name}: two configurations attach it; the options of the first stay")
+        kept.setdefault(kind if nameless else place, callback)
+    ordered = list(kept.values())
+    first = next((place for place, each in enumerate(ordered) if each["class_path"].startswith("lightning_goldy.")), 0)
+    snapshots = [each for each in ordered[first:] if each["class_path"].endswith(".GoldenSnapshot")]
+    others = [each for each in ordered[first:] if not each["class_path"].endswith(".GoldenSnapshot")]
+    return [*ordered[:first], *snapshots, *others]
+
+
 def _names_of(callback: Any) -> list[str]:
     kind = callback["class_path"].rpartition(".")[2]
     snake = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
@@ -271,14 +359,16 @@ def run_trainer(arguments: Sequence[str]) -> int:
         environment's ``GOLDY_TRACEBACK=1``, shows its trace, too. What goes wrong later is raised, and argument errors
         exit.
     """
+    traces = Traces()
     # LightningCLI takes sys.argv: distributed strategies start their other processes from it.
     with command_line(arguments), without_known_warnings():
         try:
             check_configs(arguments)
-            GoldyCLI()
+            GoldyCLI(traces=traces)
         except _TOLD as error:
             if _in_training(error):
                 raise
+            traces.withdraw()
             if os.environ.get("GOLDY_TRACEBACK"):
                 traceback.print_exc()
             print(f"goldy: {plain_reason(str(error))}", file=sys.stderr)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_goldy.analysis import coupling_drift, coupling_statistics, finetune_ripple, knowledge_coupling
 from lightning_goldy.callbacks import ExactResume, GoldenSnapshot, KnowledgeCoupling
-from lightning_goldy.callbacks.knowledge_coupling import WatchedPieces, drawn
+from lightning_goldy.callbacks.knowledge_coupling import WatchedPieces, drawn, find_pieces
 from lightning_goldy.core import load_vectors
 from lightning_goldy.core.store import StoreError
 from lightning_goldy.core.vector import substituted
 from lightning_goldy.data import KnowledgeDataModule, write_pieces
+from lightning_goldy.data.readers import load_pieces
 from lightning_goldy.report.figures import draw_figures
 from lightning_goldy.report.topics.coupling import drift_lines
 from tests.callbacks.knowledge import COUNTRIES, EDITED, PIECES, TOKENIZER, WORDS, AtlasFinetune, WordData, atlas
@@ -234,6 +236,14 @@ def test_a_model_in_which_no_piece_has_a_gradient_is_an_error(tmp_path) -> None:
         fit(tmp_path, [knowledge], data=WordData(), max_epochs=1)
 
 
+@pytest.mark.parametrize("data", [None, TokenData()], ids=["loaders", "text"])
+def test_data_without_pieces_has_those_of_the_atlas(data) -> None:
+    """It was refused, and with it the presets in every training on text."""
+    found = find_pieces(SimpleNamespace(datamodule=data), None, None, None)
+    assert found.pieces == load_pieces("atlas").pieces
+    assert set(found.classes) == {"untouched"}
+
+
 class Classifier(Finetune):
     """Of sequences, not of tokens."""
 
@@ -249,7 +259,6 @@ class Classifier(Finetune):
 @pytest.mark.parametrize(
     ("options", "module", "message"),
     [
-        ({"pieces": None}, WordFinetune, "no pieces of knowledge: pass pieces="),
         ({"pieces": ["capital"]}, WordFinetune, "pieces is a file, 'atlas', or a list of KnowledgePiece"),
         ({"pieces": PIECES, "edits": ["peru citty"]}, WordFinetune, "no piece has the id 'peru citty'.*'peru city'"),
         ({"pieces": PIECES, "template": "nothing"}, WordFinetune, "exactly once"),

@@ -195,6 +195,11 @@ def test_a_model_is_planned_as_what_it_is(folder, capsys, end):
         told = capsys.readouterr().out
         assert f"BertFor{end}, " in told
         assert more or f"works: {53 if end == 'MaskedLM' else 3} classes" in told
+        # What is told answer by answer, and along the stream of a decoder, is neither tried nor planned.
+        for analysis in ("coupling", "circuits"):
+            (line,) = re.findall(rf"^ *{analysis} +(.*?) *$", told, re.MULTILINE)
+            assert re.match("does not: (coupling asks|circuits (asks|are those of)) a causal language model", line)
+        assert not re.search("^ *(knowledge_coupling|circuit_tracker) ", told, re.MULTILINE)
 
 
 def test_a_model_without_tokens_is_refused_on_one_line(folder, capsys):

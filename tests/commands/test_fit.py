@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig
 
 from lightning_goldy.cli import main
-from lightning_goldy.commands.fit import callback_changes, change_callbacks
+from lightning_goldy.commands.fit import SaveRunConfig, Traces, callback_changes, change_callbacks
 
 SHAPE = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 32}
 
@@ -84,6 +87,43 @@ def test_an_error_is_a_line(words, capsys, more, told):
     assert len(lines) == 1
     assert told in lines[0]
     assert len(lines[0]) < 400
+
+
+def refused_words(words, logger):
+    callback = "{class_path: lightning_goldy.callbacks.AttentionTracker, init_args: {heads: [[7, 0]], n_samples: 2}}"
+    more = [f"--trainer.logger={logger}", "--trainer.logger.save_dir=runs"] if logger else []
+    return [*words, f"--trainer.callbacks+={callback}", *more]
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger", None])
+def test_a_refused_run_leaves_nothing(words, tmp_path, capsys, logger):
+    before = {*tmp_path.rglob("*")}
+    assert main(refused_words(words, logger)) == 2
+    assert "there is no head 0 in layer 7" in capsys.readouterr().err
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_a_refused_run_leaves_what_others_wrote(words, tmp_path):
+    assert main([*words, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]) == 0
+    assert (tmp_path / "runs/lightning_logs/version_0/config.yaml").is_file()
+    before = {*tmp_path.rglob("*")}
+    assert main(refused_words(words, "CSVLogger")) == 2
+    assert {*tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_what_is_no_trace_of_a_refusal_stays(tmp_path, began):
+    trainer = L.Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[SaveRunConfig(None, None)])
+    traces = Traces()
+    traces.note(trainer)
+    folder = Path(trainer.logger.log_dir)
+    folder.mkdir(parents=True)
+    (folder / "hparams.yaml").write_text("a: 1")
+    (folder / ("metrics.csv" if began else "weights.ckpt")).write_text("1")
+    saver = next(each for each in trainer.callbacks if isinstance(each, SaveRunConfig))
+    saver.began = began
+    traces.withdraw()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_one_option_of_one_of_several_callbacks(words, tmp_path):

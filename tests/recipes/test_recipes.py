@@ -203,6 +203,28 @@ def test_an_overlay_adds_the_callback_of_its_name_and_shows_every_option(recipe)
     assert isinstance(instantiate(parser.parse_object({"made": given})).made, kind)
 
 
+@pytest.mark.filterwarnings("ignore:n_samples=.*, but the probe holds only")
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(each, id=each.name, marks=() if each.name == "text_finetune" else pytest.mark.slow)
+        for each in RECIPES
+        if each.kind == "recipes" and each.name != "head_plasticity_sweep"
+    ],
+)
+def test_every_recipe_passes_the_checks_with_a_preset(recipe, preset, workplace, monkeypatch, capsys):
+    """Recipes of text were refused for want of pieces of knowledge."""
+
+    def passed(*_):
+        raise ValueError("all checks have passed")
+
+    monkeypatch.setattr("lightning_goldy.callbacks.base.AnalysisCallback.begin", passed)
+    assert main([*_arguments(recipe), "--config", f"callbacks/{preset}.yaml"]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("goldy: ")]
+    assert told == "goldy: all checks have passed"
+
+
 def test_presets_hold_every_callback_that_only_looks():
     names = {}
     for preset in PRESETS:

@@ -360,6 +360,8 @@ def _taylor_by_differences(
     return Work(forward=whole + 6 * function_space * cut, backward=backward, elements=elements)
 
 
+# Bytes from which on the system's allocator gives back what is freed.
+_GIVEN_BACK = 32 << 20
 # What the statistics of one layer's patterns take at least, in elements.
 _LAYER = 2e6
 # Elements that one parameter takes as long as when another model's values take its place and give it back.
@@ -397,10 +399,13 @@ def forecast_attention(
     )
     largest = max((rows * tokens * tokens for rows, tokens in plan.batches(n_samples)), default=0)
     held = min(memory, 4 * plan.n_heads * plan.n_layers * largest) if drift else 0
+    # Those of the targets are copied out of all; of a pass before, what was freed may not be given back.
+    logits = plan.logits(plan.widest(n_samples))
+    logits *= 3 if logits < _GIVEN_BACK else 2
     return Forecast(
         work,
         parts=max(1, forward.calls),
-        memory=held + 12 * 4 * plan.n_heads * largest + plan.logits(plan.widest(n_samples)) + plan.bytes() * drift,
+        memory=held + 12 * 4 * plan.n_heads * largest + logits + plan.bytes() * drift,
         communicated=plan.communicated(work),
         sharded="the base is divided by the shards; patterns are whole on every rank",
     )
@@ -572,8 +577,6 @@ def forecast_change(plan: Plan, *, track_updates: bool) -> Forecast:
     )
 
 
-# Bytes from which on the system's allocator gives back what is freed.
-_GIVEN_BACK = 32 << 20
 # Of an eigendecomposition without vectors, the part of one with them; timed elements per parameter that is read.
 _VALUES, _READ = 0.5, 12.0
 # Of a matrix whose whole spectrum is found its copies in float64, in timed elements: each time, and of the base once.
