@@ -500,7 +500,9 @@ def _configured(question: Question) -> tuple[list[AnalysisCallback[Any]], Questi
         read = {"steps": trainer.get("max_steps"), "batch_size": options.get("batch_size")}
         read["length"] = options.get("block_size") or options.get("max_length")
         told |= {name: value for name, value in read.items() if isinstance(value, int) and value > 0}
-    callbacks = [found for found in map(_instance, specs) if found is not None]
+    # As in a run, the first of two that could not be told apart stays.
+    named = {found.name: found for found in map(_instance, reversed(specs)) if found is not None}
+    callbacks = list(reversed(named.values()))
     if not callbacks:
         files = ", ".join(question.configs)
         raise ValueError(f"{files}: no analysis callback is attached; leave --config out to plan them all")

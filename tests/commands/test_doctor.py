@@ -184,6 +184,13 @@ def test_what_does_not_work_on_a_model_is_not_planned(folder, capsys):
     assert "knowledge_coupling: no forecast: cannot describe MambaForCausalLM" in capsys.readouterr().out
 
 
+def test_a_preset_beside_a_recipe_is_planned_once(folder, capsys):
+    (folder / "preset.yaml").write_text(OVERLAY.replace("n_samples: 6", "n_samples: 3"))
+    assert main(["doctor", "model", "--config", "run.yaml", "--config", "preset.yaml", "--length", "16"]) == 0
+    (line,) = re.findall(r"^ *golden_parameters +(\d+)", capsys.readouterr().out, re.MULTILINE)
+    assert line == "12"
+
+
 @pytest.mark.parametrize("end", ["SequenceClassification", "TokenClassification", "MaskedLM"])
 def test_a_model_is_planned_as_what_it_is(folder, capsys, end):
     """A classifier was loaded as a language model, with a random head."""
