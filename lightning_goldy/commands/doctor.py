@@ -391,7 +391,7 @@ def _structure(model: nn.Module, objective: Objective) -> dict[str, Callable[[],
 
     def circuits() -> str:
         _require_next_tokens(model, objective, "circuits")
-        return f"{heads()}; whether their sums are the stream shows with values"
+        return f"{heads()}; the rest shows with values"
 
     return {
         "golden, reverse golden, taylor, basin, change, distribution": lambda: (
