@@ -38,7 +38,7 @@ def test_nothing_is_analysed_or_written_before_all_checks_have_passed(tmp_path):
             return super().compute(context)
 
     watchers = [GoldenSnapshot(at=["start"]), Watched(n_samples=2, at=["start"], name="golden_parameters")]
-    with pytest.raises(ValueError, match="pieces"):
+    with pytest.raises(ValueError, match="needs a tokenizer"):
         fit(tmp_path, [*watchers, TaylorDiff(n_samples=2), KnowledgeCoupling()], max_epochs=1)
     assert told == []
     assert (files(tmp_path), (tmp_path / "run/goldy/golden_snapshot/results.jsonl").read_text()) == before
@@ -121,14 +121,14 @@ def test_a_run_that_is_refused_leaves_no_base(tmp_path):
         [GoldenSnapshot(), KnowledgeCoupling()],
         [GoldenSnapshot(), TaylorDiff(n_samples=2), KnowledgeCoupling()],
     ):
-        with pytest.raises(ValueError, match="pieces"):
+        with pytest.raises(ValueError, match="needs a tokenizer"):
             fit(tmp_path / "alone", callbacks, max_epochs=1)
     assert not list((tmp_path / "alone").rglob("*.safetensors"))
     assert not (tmp_path / "alone" / POOL).exists()
     # One that another run has stays.
     fit(tmp_path, [GoldenSnapshot()], max_epochs=1)
     (base,) = (tmp_path / POOL).iterdir()
-    with pytest.raises(ValueError, match="pieces"):
+    with pytest.raises(ValueError, match="needs a tokenizer"):
         fit(tmp_path, [GoldenSnapshot(), KnowledgeCoupling()], max_epochs=1, logger=CSVLogger(tmp_path, version="b"))
     assert list((tmp_path / POOL).iterdir()) == [base]
 
