@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -234,7 +235,7 @@ class GoldyCLI(LightningCLI):
             super().parse_arguments(parser, None if args is None else words)
         config = self.config[self.config["subcommand"]] if "subcommand" in self.config else self.config
         if isinstance(listed := config["trainer"].get("callbacks"), list):
-            config["trainer"]["callbacks"] = arranged_callbacks(listed)
+            config["trainer"]["callbacks"] = arranged_callbacks(listed, _meant_twice(config.get("config") or ()))
         if changes:
             change_callbacks(config["trainer"].get("callbacks") or [], changes)
             self.config = parser.parse_object(self.config)
@@ -302,7 +303,20 @@ def change_callbacks(callbacks: Sequence[Any], changes: Iterable[tuple[str, str,
         found[0][f"init_args.{option}"] = value
 
 
-def arranged_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+def _meant_twice(files: Iterable[Any]) -> set[str]:
+    """Classes of callbacks of which one file by itself attaches two without a name: no preset came between."""
+    meant: set[str] = set()
+    for file in files:
+        read = yaml.safe_load(file.get_content())
+        trainer = read.get("trainer") if isinstance(read, dict) else None
+        lists = [trainer.get(key) or [] for key in ("callbacks", "callbacks+")] if isinstance(trainer, dict) else []
+        callbacks = [each for listed in lists for each in listed if isinstance(each, dict) and "class_path" in each]
+        nameless = Counter(_names_of(each)[1] for each in callbacks if not (each.get("init_args") or {}).get("name"))
+        meant |= {kind for kind, count in nameless.items() if count > 1}
+    return meant
+
+
+def arranged_callbacks(callbacks: Sequence[Any], meant_twice: Collection[str] = ()) -> list[Any]:
     """The callbacks of several configurations, so that a preset goes with a recipe that attaches some of its own.
 
     Of two of one class without a name, which could not be told apart, the first stays; the snapshot goes before those
@@ -310,6 +324,7 @@ def arranged_callbacks(callbacks: Sequence[Any]) -> list[Any]:
 
     Args:
         callbacks: Each with ``class_path`` and ``init_args``, in the order that they are given.
+        meant_twice: Classes of which all stay, to be refused until they are named.
 
     Example:
         >>> listed = ["lightning.Timer", *(f"lightning_goldy.{kind}" for kind in ("A", "A", "GoldenSnapshot"))]
@@ -320,7 +335,7 @@ def arranged_callbacks(callbacks: Sequence[Any]) -> list[Any]:
     for place, callback in enumerate(callbacks):
         own = callback["class_path"].startswith("lightning_goldy.")
         name, *_, kind = _names_of(callback)
-        nameless = own and not (callback.get("init_args") or {}).get("name")
+        nameless = own and kind not in meant_twice and not (callback.get("init_args") or {}).get("name")
         if nameless and kind in kept:
             rank_zero_info(f"{name}: two configurations attach it; the options of the first stay")
         kept.setdefault(kind if nameless else place, callback)

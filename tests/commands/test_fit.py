@@ -103,6 +103,23 @@ def test_a_refused_run_leaves_nothing(words, tmp_path, capsys, logger):
     assert {*tmp_path.rglob("*")} == before
 
 
+def test_two_nameless_callbacks_of_one_file_are_refused_and_of_two_the_first_stays(words, capsys):
+    """Which of two analyses that one file asks for is meant is the user's to say, and neither is left out."""
+    kind = "lightning_goldy.callbacks.GoldenSnapshot"
+
+    def attach(file, *every):
+        listed = [{"class_path": kind, "init_args": {"every_n_steps": steps}} for steps in every]
+        Path(file).write_text(yaml.safe_dump({"trainer": {"callbacks+": listed}}))
+        return ["--config", file]
+
+    assert main([*words, "--trainer.callbacks=[]", *attach("both.yaml", 1, 2)]) == 2
+    assert "two callbacks are called 'golden_snapshot'" in capsys.readouterr().err
+    one, other = attach("one.yaml", 1), attach("other.yaml", 2)
+    assert main([*words, "--trainer.callbacks=[]", *one, *other, "--trainer.default_root_dir=here"]) == 0
+    (rows,) = Path("here").rglob("golden_snapshot/results.jsonl")
+    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()] == [0, 1, 2]
+
+
 def test_a_refused_run_leaves_what_others_wrote(words, tmp_path):
     assert main([*words, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs"]) == 0
     assert (tmp_path / "runs/lightning_logs/version_0/config.yaml").is_file()
