@@ -117,7 +117,7 @@ def test_two_nameless_callbacks_of_one_file_are_refused_and_of_two_the_first_sta
     one, other = attach("one.yaml", 1), attach("other.yaml", 2)
     assert main([*words, "--trainer.callbacks=[]", *one, *other, "--trainer.default_root_dir=here"]) == 0
     (rows,) = Path("here").rglob("golden_snapshot/results.jsonl")
-    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()] == [0, 1, 2]
+    assert [json.loads(row)["step"] for row in rows.read_text().splitlines()] == [1, 2]
 
 
 def test_a_refused_run_leaves_what_others_wrote(words, tmp_path):
